@@ -15,7 +15,7 @@ from tools.render_testbed.common import encode_png, photograph
 from tools.render_testbed.splits import Example, write_task
 
 LICENCES = ("OFL-1.1", "Apache-2.0")
-# Families that draw capitals in place of lower-case letters; and two whose forms are those of fira-sans and ibm-plex-serif.
+# Families that draw capitals in place of lower-case letters, and two whose forms are those of another family.
 SKIPPED = (
     "amatic-sc",
     "bangers",

@@ -1,0 +1,83 @@
+"""What each training step sees: its learning rate, its examples and their augmentation."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
+    """Learning rate of one step: linear warm-up to lr, then a cosine to zero.
+
+    Args:
+        step: in [0, steps).
+        steps: length of the run.
+        lr: peak.
+        warmup: fraction of the steps that rise, in [0, 1).
+
+    Source: Loshchilov and Hutter 2017, eq. 5 (cosine).
+    Taught in: 04_fine_tuning.
+    """
+    rise = int(warmup * steps)
+    if step < rise:
+        return lr * (step + 1) / rise
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The examples of one step: consecutive stretches of one fresh permutation an epoch.
+
+    Args:
+        n: number of examples.
+        batch_size: B.
+        seed, step: decide the batch alone, so that a resumed run sees the same data.
+
+    Returns:
+        int64 (B,), each in [0, n).
+
+    Taught in: 04_fine_tuning.
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // n, (last - 1) // n + 1)
+    order = torch.cat([_permutation(n, seed, epoch) for epoch in epochs])
+    return order[first - epochs[0] * n : last - epochs[0] * n]
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random resized crop of 90 to 100 % of the area, one an image; no flips, they would change letters.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        generator: source of the randomness, on the CPU.
+
+    Returns:
+        float32 (B, 3, H, W) in [0, 1].
+
+    Source: Ilharco et al. 2021 (open_clip), the training transform's scale (0.9, 1).
+    Taught in: 04_fine_tuning.
+    """
+    u = torch.rand(4, len(images), generator=generator)
+    area = 0.9 + 0.1 * u[0]
+    ratio = area ** (2 * u[1] - 1)  # between area and 1 / area: the crop stays inside the image
+    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
+    affine = torch.zeros(len(images), 2, 3)  # in units where the image spans [-1, 1]
+    affine[:, 0, 0], affine[:, 1, 1] = width, height
+    affine[:, 0, 2], affine[:, 1, 2] = (2 * u[2] - 1) * (1 - width), (2 * u[3] - 1) * (1 - height)
+    grid = F.affine_grid(affine.to(images.device), list(images.shape), align_corners=False)  # (B, H, W, 2)
+    return F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+
+
+def generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone."""
+    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator("order", seed, epoch))

@@ -1,0 +1,93 @@
+"""Files that are either whole or absent, and the keys that name them by their content."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch name beside `path` that becomes `path` when the block ends without an error.
+
+    Args:
+        path: file or folder to write; an existing folder is left as it is (its content has the same key).
+
+    Returns:
+        The path to write to inside the block.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield scratch / path.name
+        if not path.is_dir():
+            os.replace(scratch / path.name, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically.
+
+    Args:
+        path: where to write.
+        value: anything JSON can hold; NaN and infinity are refused.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False)
+    with replacing(path) as scratch:
+        scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is truncated or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise unreadable(path) from error
+
+
+def unreadable(path: Path) -> ValueError:
+    """The one error for a stored file that cannot be read: it names the file and the remedy."""
+    return ValueError(f"cannot read {path}: it is truncated or damaged; delete it and run again")
+
+
+def key(value: Any) -> str:
+    """32 hexadecimal digits that name a JSON-able value by its content."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def code(*names: str) -> dict[str, str]:
+    """Source of samlib's modules without comments and docstrings, so that editing prose renames no result.
+
+    Args:
+        names: modules such as "sam".
+
+    Returns:
+        Module name -> source.
+    """
+    return {name: _without_prose(Path(__file__).with_name(f"{name}.py").read_text("utf-8")) for name in names}
+
+
+def _without_prose(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body[0] = ast.Pass()
+    return ast.unparse(tree)

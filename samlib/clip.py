@@ -1,0 +1,199 @@
+"""The testbed's CLIP: built by open_clip, split into an image encoder that is trained and merged, and a frozen head."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from timm.layers import GroupNorm1, HybridEmbed
+from timm.models import build_model_with_cfg
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from samlib.cache import unreadable
+from samlib.tasks import Split, Task
+
+FOLDER = Path(__file__).parent / "testbed" / "model"
+WEIGHTS = FOLDER / "model.safetensors"
+ROWS = "token_rows"  # (V,) the ids of the tokens that pre-training touched, beside their embeddings
+
+Theta = dict[str, Tensor]
+
+
+@timm.models.register_model
+def vit_convstem_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A ViT for 32-pixel images: three stride-2 convolutions make 16 tokens, four blocks of width 144 read them."""
+    width = 144
+    stem = ConvStem(
+        depth=3, channels=(24, 64, width), stride=(2, 2, 2), norm_layer=GroupNorm1, act_layer=nn.GELU
+    )  # (B, 3, 32, 32) -> (B, 144, 4, 4)
+    arguments = {
+        "img_size": 32,
+        "patch_size": 1,
+        "embed_dim": width,
+        "depth": 4,
+        "num_heads": 4,
+        "class_token": False,
+        "global_pool": "avg",
+        "embed_layer": partial(HybridEmbed, backbone=stem, proj=False),
+    }
+    model = build_model_with_cfg(VisionTransformer, "vit_convstem_32", pretrained, **{**arguments, **kwargs})
+    for block in model.blocks:  # fused attention has no second derivative, and is slow in bf16 on the CPU
+        block.attn.fused_attn = False
+    return model
+
+
+class Encoder(nn.Module):
+    """Images to unit features: normalisation, open_clip's visual tower, L2 norm.
+
+    Args:
+        visual: open_clip's visual tower, (B, 3, H, W) -> (B, d).
+        mean, std: per channel, of pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.visual = visual
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode pixels, uint8 in [0, 255] or float in [0, 1], (B, 3, H, W) -> unit features (B, d)."""
+        pixels = images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
+        features = self.visual((pixels - self.mean) / self.std)  # (B, d)
+        return nn.functional.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A contrastive image-text model.
+
+    Args:
+        encoder: the image side, the part that is fine-tuned and merged.
+        model: the whole open_clip model; `encoder` shares its visual tower.
+        tokenizer: texts -> token ids (N, context length).
+        fingerprint: SHA-256 of the weights and the configuration, part of every cache key.
+
+    Taught in: 03_models_and_tasks.
+    """
+
+    encoder: Encoder
+    model: open_clip.CLIP
+    tokenizer: SimpleTokenizer
+    fingerprint: str
+
+
+def build() -> tuple[open_clip.CLIP, Encoder, SimpleTokenizer]:
+    """The testbed's architecture at random initialisation: the model, its image encoder and its tokenizer."""
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    model = open_clip.CLIP(**config["model_cfg"])
+    encoder = Encoder(model.visual, **config["preprocess_cfg"])
+    return model, encoder, SimpleTokenizer(context_length=model.context_length)
+
+
+def load(device: str | torch.device = "cpu") -> Clip:
+    """Read the embedded pre-trained model.
+
+    Args:
+        device: where the model goes.
+
+    Returns:
+        The model in evaluation mode, fp32.
+
+    Raises:
+        ValueError: the weights file is missing, truncated or of another architecture.
+
+    Taught in: 03_models_and_tasks.
+    """
+    if not WEIGHTS.exists():
+        raise ValueError(f"the pre-trained weights {WEIGHTS} are missing: reinstall samlib, or train them anew")
+    model, encoder, tokenizer = build()
+    try:
+        state = safetensors.torch.load_file(WEIGHTS)
+    except safetensors.SafetensorError as error:
+        raise unreadable(WEIGHTS) from error
+    embedding = torch.zeros(model.vocab_size, state["token_embedding.weight"].shape[1])
+    embedding[state.pop(ROWS).long()] = state["token_embedding.weight"].float()
+    try:
+        model.load_state_dict({**state, "token_embedding.weight": embedding})
+    except RuntimeError as error:
+        raise ValueError(f"{WEIGHTS} holds another architecture than config.json: {error}") from error
+    digest = hashlib.sha256(WEIGHTS.read_bytes() + (FOLDER / "config.json").read_bytes()).hexdigest()
+    model.eval().to(device)
+    return Clip(encoder.eval().to(device), model, tokenizer, digest)
+
+
+@torch.no_grad()
+def zero_shot_head(clip: Clip, task: Task) -> Tensor:
+    """A linear classifier written by the text encoder: one unit vector a class, times the inverse temperature.
+
+    Args:
+        clip: the pre-trained model.
+        task: its phrases fill its templates.
+
+    Returns:
+        (K, d), to be multiplied with unit image features.
+
+    Source: Radford et al. 2021 (CLIP), section 3.1.4 (prompt ensembling).
+    Taught in: 03_models_and_tasks.
+    """
+    device = clip.model.logit_scale.device
+    rows = []
+    for phrase in task.phrases:
+        tokens = clip.tokenizer([template.format(phrase) for template in task.templates]).to(device)
+        text = clip.model.encode_text(tokens, normalize=True).mean(0)  # (d,)
+        rows.append(nn.functional.normalize(text, dim=0))
+    return torch.stack(rows) * clip.model.logit_scale.exp()  # (K, d)
+
+
+def theta(encoder: nn.Module) -> Theta:
+    """The encoder's parameters as detached copies, by name."""
+    return {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
+
+
+@torch.no_grad()
+def logits(encoder: nn.Module, theta: Theta, images: Tensor, head: Tensor, batch_size: int = 500) -> Tensor:
+    """The outputs f(x; theta) of the encoder with other weights in place of its own, which stay untouched.
+
+    Args:
+        encoder: gives the architecture.
+        theta: weights by name.
+        images: (N, 3, H, W), uint8.
+        head: (K, d).
+        batch_size: images in one forward pass.
+
+    Returns:
+        (N, K), on the device of the head.
+    """
+    encoder.eval()
+    chunks = images.split(batch_size)
+    return torch.cat([functional_call(encoder, theta, (chunk.to(head.device),)) @ head.T for chunk in chunks])
+
+
+def accuracy(encoder: nn.Module, theta: Theta, split: Split, head: Tensor) -> float:
+    """Share of the images whose largest logit is the label's, in [0, 1].
+
+    Args:
+        encoder: gives the architecture.
+        theta: weights by name.
+        split: images and labels.
+        head: (K, d).
+    """
+    predicted = logits(encoder, theta, split.images, head).argmax(1)
+    return (predicted == split.labels.to(predicted.device)).double().mean().item()

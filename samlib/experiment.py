@@ -1,0 +1,262 @@
+"""The central experiment: fine-tune every task by each arm, merge, and measure: `python -m samlib.experiment`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+import joblib
+import pandas as pd
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from samlib import clip as clip_module
+from samlib import tasks
+from samlib.clip import Clip, Theta, accuracy, logits, zero_shot_head
+from samlib.finetune import Recipe, finetune_many
+from samlib.interference import normalised_accuracy, xi
+from samlib.merge import average, choose_lambda, task_arithmetic, task_vector, ties
+from samlib.run import Run, begin, interval, paired_interval
+
+ARMS = ("AdamW", "AdamW, 2x steps", "SAM", "ASAM")
+ROWS = ("single", "averaging", "task arithmetic", "TIES")
+
+
+def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
+    """One recipe a task: what the arm trains with this seed.
+
+    Args:
+        run: its preset gives tasks, steps, radii and learning rate.
+        arm: one of ARMS. SAM and ASAM take two gradients a step, so that "AdamW, 2x steps" costs what they do.
+        seed: of data order and augmentation; equal seeds are paired between arms.
+        length: multiple of the preset's steps, > 0.
+
+    Raises:
+        ValueError: no such arm.
+
+    Taught in: 04_fine_tuning.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"arm must be one of {', '.join(ARMS)}, not {arm!r}")
+    p = run.preset
+    steps = max(1, round(p.steps * length * (2 if arm == "AdamW, 2x steps" else 1)))
+    optimizer = {"SAM": "sam", "ASAM": "asam"}.get(arm, "adamw")
+    rho = {"SAM": p.rho_sam, "ASAM": p.rho_asam}.get(arm, 0.0)
+    return [
+        Recipe(
+            task=task,
+            optimizer=optimizer,
+            steps=steps,
+            rho=rho,
+            lr=p.lr,
+            batch_size=p.batch_size,
+            n_train=p.n_train,
+            seed=seed,
+            precision=p.precision,
+        )
+        for task in p.tasks
+    ]
+
+
+def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
+    """Everything the book's table needs of one arm and one seed; trained and measured once, then read.
+
+    The one lambda of a merged model is the one with the best mean normalised accuracy on the validation
+    splits; all accuracies returned are those of the test splits.
+
+    Args:
+        run: preset, device and cache.
+        clip: the pre-trained model.
+        arm: one of ARMS.
+        seed: as in `recipes`.
+        length: as in `recipes`.
+
+    Returns:
+        `train_loss`, `train_accuracy`, `test_loss`, `tau_norm` (by task); `single`, `averaging`,
+        `task arithmetic`, `TIES` (each: `accuracy` by task, `mean`, `normalised`, and `lam`, `curve` where a
+        lambda was chosen); `gap` (merge gap by task: rise of the test loss from the fine-tuned model to the
+        model merged by task arithmetic); `xi` (by pair of tasks, at a_1 = a_2 = 1); `validation` (mean
+        validation accuracy, of the single models and of the one merged by task arithmetic).
+
+    Taught in: 05_merging.
+    """
+    todo = recipes(run, arm, seed, length)
+
+    def compute() -> dict[str, Any]:
+        done = finetune_many(todo, clip, run.device, run.cache, jobs=1)
+        return _measure(run, clip, [d.theta for d in done]) | {
+            "train_loss": {d.recipe.task: d.train_loss for d in done},
+            "train_accuracy": {d.recipe.task: d.train_accuracy for d in done},
+            "seconds": sum(d.seconds for d in done),
+        }
+
+    p = run.preset
+    decides = {"recipes": [asdict(r) for r in todo], "lambdas": [p.lambdas, p.lambdas_ties], "n_eval": p.n_eval}
+    value: dict[str, Any] = run.cached("measure", decides, compute)
+    return value
+
+
+def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
+    p, encoder = run.preset, clip.encoder
+    loaded = [tasks.load(name) for name in p.tasks]
+    heads = [zero_shot_head(clip, task) for task in loaded]
+    tests = [tasks.subset(task.test, p.n_eval) for task in loaded]
+    validations = [tasks.subset(task.validation, p.n_eval) for task in loaded]
+    theta_0 = clip_module.theta(encoder)
+    thetas = [{name: w.to(run.device) for name, w in theta.items()} for theta in thetas]
+
+    def scores(theta: Theta, splits: list[tasks.Split]) -> list[float]:
+        return [accuracy(encoder, theta, split, head) for split, head in zip(splits, heads, strict=True)]
+
+    def losses(models: Sequence[Theta]) -> list[float]:
+        return [
+            cross_entropy(logits(encoder, theta, split.images, head).cpu(), split.labels).item()
+            for theta, split, head in zip(models, tests, heads, strict=True)
+        ]
+
+    def own(splits: list[tasks.Split]) -> list[float]:
+        return [accuracy(encoder, t, s, h) for t, s, h in zip(thetas, splits, heads, strict=True)]
+
+    single, single_validation = own(tests), own(validations)
+    on_validation = {"single": sum(single_validation) / len(thetas)}
+
+    def row(theta: Theta) -> dict[str, Any]:
+        found = scores(theta, tests)
+        return {
+            "accuracy": dict(zip(p.tasks, found, strict=True)),
+            "mean": sum(found) / len(found),
+            "normalised": normalised_accuracy(found, single),
+        }
+
+    def chosen(ends: Sequence[Theta], grid: Sequence[float]) -> tuple[Theta, dict[str, Any]]:
+        def score(lam: float) -> float:
+            merged = task_arithmetic(theta_0, ends, lam)
+            return normalised_accuracy(scores(merged, validations), single_validation)
+
+        lam, curve = choose_lambda(score, grid)
+        merged = task_arithmetic(theta_0, ends, lam)
+        return merged, row(merged) | {"lam": lam, "curve": curve}
+
+    merged, arithmetic = chosen(thetas, p.lambdas)
+    on_validation["task arithmetic"] = sum(scores(merged, validations)) / len(thetas)
+    _, trimmed = chosen([ties(theta_0, thetas)], p.lambdas_ties)  # TIES at lambda = 1, then along its direction
+    before, after = losses(thetas), losses([merged] * len(thetas))
+    vectors = [task_vector(theta, theta_0) for theta in thetas]
+    few = [tasks.subset(split, 200) for split in tests]
+    return {
+        "single": {
+            "accuracy": dict(zip(p.tasks, single, strict=True)),
+            "mean": sum(single) / len(single),
+            "normalised": 1.0,
+        },
+        "validation": on_validation,
+        "averaging": row(average(thetas)),
+        "task arithmetic": arithmetic,
+        "TIES": trimmed,
+        "test_loss": dict(zip(p.tasks, before, strict=True)),
+        "gap": {name: b - a for name, a, b in zip(p.tasks, before, after, strict=True)},
+        "tau_norm": {
+            name: torch.cat([w.flatten() for w in tau.values()]).norm().item()
+            for name, tau in zip(p.tasks, vectors, strict=True)
+        },
+        "xi": {
+            f"{p.tasks[i]}, {p.tasks[j]}": xi(
+                encoder, theta_0, thetas[i], thetas[j], few[i], heads[i], few[j], heads[j], [1.0], [1.0]
+            ).item()
+            for i, j in combinations(range(len(thetas)), 2)
+        },
+    }
+
+
+def measure_many(run: Run, clip: Clip, wanted: Sequence[tuple[str, int, float]]) -> list[dict[str, Any]]:
+    """`measure` for several (arm, seed, length): all fine-tuning first, then the merging, side by side on a CPU.
+
+    Args:
+        run: preset, device and cache.
+        clip: the pre-trained model.
+        wanted: what to measure, in the order of the answer.
+    """
+    todo = [recipe for arm, seed, length in wanted for recipe in recipes(run, arm, seed, length)]
+    finetune_many(todo, clip, run.device, run.cache, run.preset.jobs)
+    jobs = min(run.preset.jobs or joblib.cpu_count(), len(wanted)) if run.device == "cpu" else 1
+    pool = joblib.Parallel(n_jobs=jobs, return_as="generator")
+    calls = (joblib.delayed(measure)(run, clip, *what) for what in wanted)
+    return list(tqdm(pool(calls), total=len(wanted), desc="merging and measuring", unit="model"))
+
+
+def zero_shot(run: Run, clip: Clip) -> dict[str, float]:
+    """Test accuracy of the pre-trained model on each of the preset's tasks, in [0, 1]."""
+    theta_0 = clip_module.theta(clip.encoder)
+    loaded = [tasks.load(name) for name in run.preset.tasks]
+    return {
+        task.name: accuracy(
+            clip.encoder, theta_0, tasks.subset(task.test, run.preset.n_eval), zero_shot_head(clip, task)
+        )
+        for task in loaded
+    }
+
+
+def table(results: dict[str, list[dict[str, Any]]], value: str = "mean") -> pd.DataFrame:
+    """Mean and 95 % interval over seeds.
+
+    Args:
+        results: arm -> one result of `measure` a seed.
+        value: "mean" (accuracy) or "normalised".
+
+    Returns:
+        One row a (arm, model): mean, low, high, n.
+
+    Taught in: 05_merging.
+    """
+    rows = []
+    for arm, runs in results.items():
+        for row in ROWS:
+            rows.append((arm, row, *interval([r[row][value] for r in runs]), len(runs)))
+    return pd.DataFrame(rows, columns=["arm", "model", "mean", "low", "high", "n"]).set_index(["arm", "model"])
+
+
+def gains(results: dict[str, list[dict[str, Any]]], base: str, value: str = "mean") -> pd.DataFrame:
+    """What each arm gains over `base`, seed by seed: mean and 95 % interval of the paired differences.
+
+    Args:
+        results: arm -> one result of `measure` a seed, seeds in the same order.
+        base: the arm to compare with.
+        value: "mean" or "normalised".
+
+    Taught in: 05_merging.
+    """
+    rows = []
+    for arm in (a for a in results if a != base):
+        for row in ROWS:
+            a, b = ([r[row][value] for r in results[name]] for name in (arm, base))
+            rows.append((arm, row, *paired_interval(a, b), len(a)))
+    return pd.DataFrame(rows, columns=["arm", "model", "gain", "low", "high", "n"]).set_index(["arm", "model"])
+
+
+def main() -> None:
+    """Measure every arm, seed after seed, and rewrite the published values after each; resumable."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", default="published")
+    parser.add_argument("--lengths", action="store_true", help="the training-length axis too, after the table")
+    a = parser.parse_args()
+    run = begin("experiment", preset=a.preset)
+    clip = clip_module.load(run.device)
+    passes = [(1.0, ARMS)]
+    if a.lengths:
+        passes += [(length, ("AdamW", "SAM", "ASAM")) for length in run.preset.lengths if length != 1]
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for length, arms in passes:
+        for seed in run.preset.seeds:
+            found = measure_many(run, clip, [(arm, seed, length) for arm in arms])
+            for arm, result in zip(arms, found, strict=True):
+                results.setdefault(str(length), {}).setdefault(arm, []).append(result)
+            run.publish({"zero-shot": zero_shot(run, clip), "lengths": results})
+            print(f"length {length}, seed {seed}: written to {run.published_file}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

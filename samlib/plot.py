@@ -1,0 +1,88 @@
+"""Figures of the book: one style, the stamp on every figure, no result computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from samlib.run import Run
+
+COLOURS = {"AdamW": "#4c566a", "AdamW, 2x steps": "#8fa1b3", "SAM": "#c8553d", "ASAM": "#2a7f62"}
+
+
+def style() -> None:
+    """Opaque white figures with readable type; call once a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", palette=list(COLOURS.values()))
+    plt.rcParams |= {
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+        "figure.figsize": (7, 4),
+        "figure.dpi": 110,
+        "figure.constrained_layout.use": True,
+        "axes.titlesize": "medium",
+    }
+
+
+def stamp(figure: Figure, run: Run) -> None:
+    """Print where the figure comes from under it: notebook, preset, seeds, commit."""
+    facts = run.stamp()
+    seeds = ", ".join(map(str, facts["seeds"]))
+    text = f"{facts['notebook']}, preset {facts['preset']}, seeds {seeds}, commit {facts['commit'][:12]}"
+    figure.supxlabel(text, fontsize=6, color="0.45", x=0.99, ha="right")
+
+
+def images(pixels: Tensor, titles: Sequence[str], columns: int = 8) -> Figure:
+    """A grid of small images.
+
+    Args:
+        pixels: uint8 (N, 3, H, W).
+        titles: N short texts.
+        columns: images in one row.
+    """
+    rows = -(-len(pixels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.05 * columns, 1.3 * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, title in zip(axes.flat, pixels, titles, strict=False):
+        ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.set_title(title, fontsize=7)
+    return figure
+
+
+def bars(table: pd.DataFrame, ax: Axes) -> None:
+    """Grouped points with intervals: one group a model, one colour an arm.
+
+    Args:
+        table: index (arm, model), columns mean, low, high, as `experiment.table` gives it.
+        ax: where to draw.
+    """
+    arms = list(dict.fromkeys(table.index.get_level_values(0)))
+    models = list(dict.fromkeys(table.index.get_level_values(1)))
+    for i, arm in enumerate(arms):
+        rows = table.loc[arm].loc[models]
+        x = np.arange(len(models)) + 0.16 * (i - (len(arms) - 1) / 2)
+        error = np.nan_to_num(np.stack([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]))
+        ax.errorbar(x, rows["mean"], error, fmt="o", capsize=3, label=arm, color=COLOURS.get(arm))
+    ax.set_xticks(range(len(models)), models)
+    ax.legend()
+
+
+def heatmap(values: Tensor, grid_1: Sequence[float], grid_2: Sequence[float], ax: Axes, **limits: float) -> None:
+    """A map over two coefficients, a_1 upwards and a_2 to the right.
+
+    Args:
+        values: (len(grid_1), len(grid_2)).
+        grid_1, grid_2: the coefficients.
+        ax: where to draw.
+        limits: vmin and vmax of the colours.
+    """
+    frame = pd.DataFrame(values.numpy(), index=[f"{a:g}" for a in grid_1], columns=[f"{a:g}" for a in grid_2])
+    sns.heatmap(frame.iloc[::-1], ax=ax, cmap="rocket_r", square=True, **limits)
+    ax.set(xlabel="$a_2$", ylabel="$a_1$")

@@ -1,0 +1,221 @@
+"""The sizes of a run, and what a notebook's parameters may be."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from samlib import tasks
+from samlib.recipe import whole
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of a run.
+
+    Args:
+        name: key in PRESETS.
+        tasks: task names.
+        seeds: one fine-tuning run a task and seed.
+        steps: updates after which training has converged.
+        lengths: multipliers of `steps` shown as the training-length axis.
+        batch_size: images a step.
+        n_train, n_eval: at most this many training and evaluation examples, None for all.
+        lambdas: grid of task arithmetic's coefficient.
+        lambdas_ties: grid of TIES' coefficient, which multiplies a mean and not a sum of task vectors.
+        xi_grid: values of a_1 and of a_2 in the disentanglement map.
+        rho_sam, rho_asam: radii.
+        lr: peak learning rate.
+        precision: of fine-tuning: "fp32", "bf16" (autocast over fp32 weights), or "auto": bf16 where the
+            device computes it natively.
+        jobs: processes on the CPU, None for one a core.
+        note: what the preset costs.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    lengths: tuple[float, ...]
+    batch_size: int
+    n_train: int | None
+    n_eval: int | None
+    lambdas: tuple[float, ...]
+    lambdas_ties: tuple[float, ...]
+    xi_grid: tuple[float, ...]
+    rho_sam: float
+    rho_asam: float
+    lr: float
+    precision: str
+    jobs: int | None
+    note: str
+
+
+def _grid(low: float, high: float, n: int) -> tuple[float, ...]:
+    return tuple(round(low + (high - low) * i / (n - 1), 10) for i in range(n))
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="smoke",
+            tasks=("digits", "emoji", "climates"),
+            seeds=(0,),
+            steps=10,
+            lengths=(0.5, 1.0),
+            batch_size=32,
+            n_train=200,
+            n_eval=100,
+            lambdas=_grid(0, 1, 5),
+            lambdas_ties=_grid(0, 2, 3),
+            xi_grid=_grid(-2, 2, 3),
+            rho_sam=0.05,
+            rho_asam=0.5,
+            lr=3e-4,
+            precision="fp32",
+            jobs=1,
+            note="seconds; shows that everything runs, its numbers mean nothing",
+        ),
+        Preset(
+            name="laptop",
+            tasks=tasks.TESTBED,
+            seeds=(0,),
+            steps=800,
+            lengths=(0.25, 1.0),
+            batch_size=64,
+            n_train=None,
+            n_eval=None,
+            lambdas=_grid(0, 1, 21),
+            lambdas_ties=_grid(0, 2, 11),
+            xi_grid=_grid(-2, 2, 9),
+            rho_sam=0.05,
+            rho_asam=0.5,
+            lr=3e-4,
+            precision="auto",
+            jobs=None,
+            note="about an hour on four cores; one seed",
+        ),
+        Preset(
+            name="published",
+            tasks=tasks.TESTBED,
+            seeds=(0, 1, 2, 3, 4),
+            steps=800,
+            lengths=(0.25, 1.0, 4.0),
+            batch_size=64,
+            n_train=None,
+            n_eval=None,
+            lambdas=_grid(0, 1, 21),
+            lambdas_ties=_grid(0, 2, 11),
+            xi_grid=_grid(-2, 2, 15),
+            rho_sam=0.05,
+            rho_asam=0.5,
+            lr=3e-4,
+            precision="bf16",
+            jobs=None,
+            note="many hours on a CPU; five seeds, the numbers in the book",
+        ),
+        Preset(
+            name="paper",
+            tasks=("sun397", "stanford_cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"),
+            seeds=(0,),
+            steps=8000,
+            lengths=(0.25, 1.0),
+            batch_size=128,
+            n_train=None,
+            n_eval=None,
+            lambdas=_grid(0, 1, 21),
+            lambdas_ties=_grid(0, 2, 11),
+            xi_grid=_grid(-2, 2, 20),
+            rho_sam=0.05,
+            rho_asam=0.5,
+            lr=1e-5,
+            precision="bf16",
+            jobs=1,
+            note="open_clip ViT-B-32 (openai) on the eight hub tasks, a GPU and days",
+        ),
+    )
+}
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: whole(value, least)
+
+
+def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def _tasks(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(set(map(str, value))) > 0 and all(name in tasks.known() for name in value)
+    return value == "all"
+
+
+def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+# name of a notebook's parameter -> (what is allowed, test); None means the preset's value
+PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "preset": (f"one of {', '.join(PRESETS)}", lambda value: isinstance(value, str) and value in PRESETS),
+    "seed": ("an integer >= 0", _whole(0)),
+    "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", lambda value: isinstance(value, str)),
+    "tasks": (f"'all' (the preset's) or a list of different names out of {', '.join(tasks.TESTBED)}", _tasks),
+    "steps": ("an integer >= 1 or None", _optional(_whole(1))),
+    "batch_size": ("an integer >= 1 or None", _optional(_whole(1))),
+    "n_train": ("an integer >= 1 or None", _optional(_whole(1))),
+    "n_eval": ("an integer >= 1 or None", _optional(_whole(1))),
+    "jobs": ("an integer >= 1 or None", _optional(_whole(1))),
+    "rho": ("a finite number >= 0 or None", _optional(_number(0))),
+    "rho_sam": ("a finite number >= 0 or None", _optional(_number(0))),
+    "rho_asam": ("a finite number >= 0 or None", _optional(_number(0))),
+    "eta": ("a finite number >= 0 or None", _optional(_number(0))),
+    "lr": ("a finite number > 0 or None", _optional(_number(sys.float_info.min))),
+    "lam": ("a finite number or None", _optional(_number(-math.inf))),
+    "precision": ("auto, fp32, bf16 or None", lambda value: value in (None, "auto", "fp32", "bf16")),
+    "density": ("a number in (0, 1] or None", _optional(_number(sys.float_info.min, 1))),
+}
+
+
+def check(notebook: str, parameters: dict[str, Any]) -> None:
+    """Refuse names and values that the notebook does not take.
+
+    Args:
+        notebook: its name, for the message.
+        parameters: the notebook's declared parameters with their values.
+
+    Raises:
+        ValueError: a name that papermill injected and the notebook does not declare, a name that is not in
+            PARAMETERS, or a value that its rule refuses.
+    """
+    for name in sorted(_injected()):
+        if name not in parameters:
+            close = difflib.get_close_matches(name, parameters, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{notebook} has no parameter {name!r}, only {', '.join(parameters)}{hint}")
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            raise ValueError(f"begin() knows no parameter {name!r}, only {', '.join(PARAMETERS)}")
+        allowed, check = PARAMETERS[name]
+        if not check(value):
+            raise ValueError(f"{name} must be {allowed}, not {value!r} ({type(value).__name__})")
+
+
+def _injected() -> set[str]:
+    """Names assigned in the cells that papermill injected into the running notebook."""
+    ipython = sys.modules.get("IPython")  # loaded already wherever a notebook runs
+    shell = ipython.get_ipython() if ipython else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    names: set[str] = set()
+    for cell in cells:
+        if cell.split("\n")[0].strip() == "# Parameters":  # papermill's mark
+            for node in ast.walk(ast.parse(cell)):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    names.add(node.id)
+    return names

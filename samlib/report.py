@@ -1,0 +1,81 @@
+"""From results to the page: glued numbers, verdicts in words, your run beside the published one, the stamp."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from samlib.run import Run, interval, paired_interval
+
+
+def glue(name: str, value: float | str) -> None:
+    """Hand a value to the prose of the book, as {glue:text}`name`; outside the book's environment do nothing.
+
+    Args:
+        name: unique in the book.
+        value: a number or a word.
+    """
+    if importlib.util.find_spec("myst_nb") is not None:
+        from myst_nb import glue as hand_over
+
+        hand_over(name, value, display=False)
+
+
+def glue_interval(name: str, samples: Sequence[float], scale: float = 1.0) -> None:
+    """Glue `name` (mean), `name`_low and `name`_high (95 % interval) and `name`_n (number of seeds).
+
+    Args:
+        name: unique in the book.
+        samples: one number a seed; a single one has no interval, and its bounds read "unknown".
+        scale: factor, such as 100 for per cent.
+    """
+    mean, low, high = interval([scale * s for s in samples])
+    glue(name, mean)
+    for bound, value in (("low", low), ("high", high)):
+        glue(f"{name}_{bound}", "unknown" if math.isnan(value) else f"{value:.1f}")
+    glue(f"{name}_n", str(len(samples)))
+
+
+def verdict(a: Sequence[float], b: Sequence[float]) -> str:
+    """Whether a is above b, judged by the 95 % interval of the paired differences.
+
+    Args:
+        a, b: one number a seed, the same seeds in the same order.
+
+    Returns:
+        "higher than", "lower than", "not distinguishable from", or "not comparable (one seed) with".
+
+    Taught in: 05_merging.
+    """
+    _, low, high = paired_interval(a, b)
+    if math.isnan(low):
+        return "not comparable (one seed) with"
+    return "higher than" if low > 0 else "lower than" if high < 0 else "not distinguishable from"
+
+
+def compare(yours: dict[str, float], published: dict[str, Sequence[float]]) -> pd.DataFrame:
+    """Your run beside the published one.
+
+    Args:
+        yours: name -> number of this run.
+        published: name -> one number a seed; a name may be missing.
+
+    Returns:
+        One row a name: yours, published mean, low and high of its 95 % interval, number of seeds.
+    """
+    rows = []
+    for name, value in yours.items():
+        samples = published.get(name, [])
+        rows.append((value, *(interval(samples) if len(samples) else (math.nan,) * 3), len(samples)))
+    columns = ["yours", "published", "low", "high", "seeds"]
+    return pd.DataFrame(rows, index=pd.Index(yours, name="value"), columns=columns)
+
+
+def stamp(run: Run) -> pd.DataFrame:
+    """The provenance of this run as a table: commit, versions, preset, parameters, seeds, device, time."""
+    facts = run.stamp()
+    facts["parameters"] = ", ".join(f"{name}={value}" for name, value in facts["parameters"].items())
+    return pd.DataFrame({"this run": {name: str(fact) for name, fact in facts.items()}})

@@ -1,0 +1,223 @@
+"""One run of a notebook: presets, strict parameters, cached results, published values, provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+
+from samlib import cache as store
+from samlib import provenance, tasks
+from samlib.presets import PARAMETERS, PRESETS, Preset, check
+
+PUBLISHED = Path(__file__).parents[1] / "book" / "published"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `begin` returns.
+
+    Args:
+        notebook: its name without the ending.
+        preset: the preset with the parameters that override it; its seeds are shifted by `seed`.
+        parameters: as the notebook passed them.
+        seed: base seed.
+        device: "cpu" or "cuda" or "cuda:N".
+        cache: folder of everything stored between runs.
+        published: folder of the published values.
+    """
+
+    notebook: str
+    preset: Preset
+    parameters: dict[str, Any]
+    seed: int
+    device: str
+    cache: Path
+    published: Path = PUBLISHED
+    started: float = field(default_factory=time.monotonic, repr=False)
+
+    def cached(self, name: str, params: dict[str, Any], fn: Callable[[], Any]) -> Any:
+        """Compute a JSON-able value once.
+
+        Args:
+            name: readable part of the file's name.
+            params: JSON-able; with the preset's tasks, the model, samlib's code and fn's own code it must
+                decide the value.
+            fn: computes the value.
+
+        Returns:
+            The value as JSON gives it back: tuples become lists, keys become strings.
+
+        Raises:
+            ValueError: the stored file is damaged, or a number is not finite.
+        """
+        model = tasks.FOLDER / "model" / "model.safetensors"
+        decides = {
+            "params": params,
+            "tasks": {task: tasks.fingerprint(task) for task in self.preset.tasks},
+            "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else None,
+            "code": store.code("batches", "clip", "finetune", "interference", "merge", "sam", "tasks"),
+            "fn": inspect.getsource(fn),
+        }
+        path = self.cache / "results" / f"{name}-{store.key(decides)}.json"
+        if not path.exists():
+            store.write_json(path, fn())
+        return store.read_json(path)
+
+    @property
+    def published_file(self) -> Path:
+        """Where this notebook's published values of this preset are."""
+        return self.published / f"{self.notebook}.{self.preset.name}.json"
+
+    def publish(self, values: Any) -> None:
+        """Write the published values of this notebook and preset, with the stamp of this run.
+
+        Args:
+            values: JSON-able.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
+        store.write_json(self.published_file, {"values": values, "stamp": self.stamp()})
+
+    def published_values(self, name: str = "experiment.published") -> Any:
+        """What `publish` wrote under a name, or None: the book's values, whatever preset this run has.
+
+        Args:
+            name: notebook and preset of the run that published, with a dot between.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.published / f"{name}.json"
+        return store.read_json(path)["values"] if path.exists() else None
+
+    def stamp(self) -> dict[str, Any]:
+        """Where the numbers come from: code, parameters, versions, device, time."""
+        return {
+            "notebook": self.notebook,
+            "preset": self.preset.name,
+            "parameters": self.parameters,
+            "seeds": list(self.preset.seeds),
+            "device": provenance.device(self.device),
+            "precision": self.preset.precision,
+            "seconds": round(time.monotonic() - self.started, 1),
+            **provenance.software(),
+        }
+
+
+def begin(notebook: str, **parameters: Any) -> Run:
+    """Check a notebook's parameters, seed the generators and choose the device.
+
+    Args:
+        notebook: its name without the ending.
+        parameters: every name of the notebook's parameters cell with its value. A name that papermill
+            injected and that is not among them is refused.
+
+    Returns:
+        The run, with the preset's fields overridden by parameters of the same name that are not None.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type or out of range, or a device that is absent.
+        RuntimeError: the preset is not runnable.
+
+    Taught in: every notebook, first code cell.
+    """
+    check(notebook, parameters)
+    preset = PRESETS[parameters.get("preset", "smoke")]
+    if preset.name == "paper":
+        raise RuntimeError(
+            "preset 'paper' needs the hub datasets and is defined but not runnable yet; "
+            "choose smoke, laptop or published"
+        )
+    seed = parameters.get("seed", 0)
+    fields = {f.name for f in dataclasses.fields(Preset)} - {"name"}
+    overrides = {k: v for k, v in parameters.items() if k in fields and v is not None and v != "all"}
+    if "tasks" in overrides:
+        overrides["tasks"] = tuple(overrides["tasks"])
+    preset = dataclasses.replace(preset, **overrides, seeds=tuple(seed + s for s in preset.seeds))
+    device = _device(parameters.get("device", "auto"))
+    if preset.precision == "auto":
+        preset = dataclasses.replace(preset, precision="bf16" if _fast_bf16(device) else "fp32")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the global generator, for libraries that use it)
+    torch.manual_seed(seed)
+    cache = Path(os.environ.get("SAMLIB_CACHE", Path.home() / ".cache" / "samlib"))
+    return Run(notebook, preset, dict(parameters), seed, device, cache)
+
+
+def interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and Student-t 95 % confidence interval.
+
+    Args:
+        samples: n >= 1 finite numbers, one a seed.
+
+    Returns:
+        mean, low, high; low and high are NaN for a single sample.
+
+    Raises:
+        ValueError: no sample, or a number that is not finite.
+
+    Source: Student 1908.
+    Taught in: 05_merging.
+    """
+    numbers = np.asarray(samples, dtype=np.float64)
+    if not len(numbers) or not np.isfinite(numbers).all():
+        raise ValueError(f"an interval needs at least one number, all of them finite, not {list(samples)}")
+    mean = float(numbers.mean())
+    if len(numbers) == 1:
+        return mean, math.nan, math.nan
+    half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers))
+    return mean, mean - float(half), mean + float(half)
+
+
+def paired_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of a - b, seed by seed.
+
+    Args:
+        a, b: n >= 1 numbers each, the same seeds in the same order.
+
+    Returns:
+        As `interval`.
+
+    Raises:
+        ValueError: different lengths, or as in `interval`.
+
+    Source: Student 1908.
+    Taught in: 05_merging.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"paired samples must have the same length, not {len(a)} and {len(b)}")
+    return interval([x - y for x, y in zip(a, b, strict=True)])
+
+
+def _fast_bf16(device: str) -> bool:
+    """Whether the device multiplies bf16 matrices natively; elsewhere autocast would be slower than fp32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f"device must be {PARAMETERS['device'][0]}, not {wanted!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {wanted!r} is not available here: use 'auto' or 'cpu'")
+    return wanted

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import needs_weights
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from samlib import batches, cache, clip, finetune, tasks
+from samlib.finetune import finetune_many
+from samlib.recipe import OPTIMIZERS, Recipe
+
+RECIPE = Recipe("warm", "sam", steps=12, rho=0.05, lr=1e-2, batch_size=16)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture()
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """The recipes that were really trained."""
+    recipes: list[Recipe] = []
+    train = finetune._train
+
+    def counted(recipe: Recipe, *rest: Any) -> finetune.Finetuned:
+        recipes.append(recipe)
+        return train(recipe, *rest)
+
+    monkeypatch.setattr(finetune, "_train", counted)
+    return recipes
+
+
+# ---- learning rate, order, augmentation
+
+
+@given(steps=st.integers(1, 300), warmup=st.floats(0, 0.9))
+def test_lr_rises_to_its_peak_and_falls_to_almost_zero(steps: int, warmup: float) -> None:
+    rates = [batches.lr_at(step, steps, 0.5, warmup) for step in range(steps)]
+    top = int(warmup * steps)
+    assert max(rates) == pytest.approx(0.5) and rates[top] == pytest.approx(0.5)
+    assert all(a < b for a, b in zip(rates[:top], rates[1:top], strict=False))
+    assert all(a > b > 0 for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+    assert rates[:top] == pytest.approx([0.5 * (i + 1) / top for i in range(top)])
+
+
+def test_lr_halfway_down_the_cosine_is_half() -> None:
+    assert batches.lr_at(60, 100, 1.0, 0.2) == pytest.approx(0.5)
+
+
+@given(n=st.integers(1, 30), batch_size=st.integers(1, 40), seed=st.integers(0, 5))
+def test_every_epoch_sees_every_example_once(n: int, batch_size: int, seed: int) -> None:
+    steps = math.ceil(3 * n / batch_size)
+    order = torch.cat([batches.batch_indices(n, batch_size, seed, step) for step in range(steps)])
+    assert len(order) == steps * batch_size
+    for epoch in range(3):
+        assert sorted(order[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    first, again, other = (batches.batch_indices(50, 50, seed, 0) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first, batches.batch_indices(50, 50, 0, 1))
+
+
+def test_augmentation_crops_between_90_and_100_percent_inside_the_image() -> None:
+    """On a ramp the crop's values are again a ramp: its slope and its ends show where the crop lies."""
+    ramp = torch.arange(32, dtype=torch.uint8).expand(500, 3, 32, 32)  # pixel value = column
+    both = torch.stack([ramp[:, 0], ramp[:, 0].mT, ramp[:, 0]], 1)  # channel 1: pixel value = row
+    out = batches.augment(both, torch.Generator().manual_seed(0)) * 255
+    assert out.shape == (500, 3, 32, 32) and out.dtype == torch.float32
+    width = (out[:, 0, 0, 30] - out[:, 0, 0, 1]) / 29  # columns of the input a column of the output
+    height = (out[:, 1, 30, 0] - out[:, 1, 1, 0]) / 29
+    area = width * height
+    assert area.min() > 0.899 and area.max() < 1.001 and width.max() < 1.001 and height.max() < 1.001
+    assert area.min() < 0.905 and area.max() > 0.995 and (width / height).std() > 0.01
+    assert width.min() > 0 and height.min() > 0  # no flips
+
+
+def test_augmentation_depends_on_its_generator_alone() -> None:
+    images = tasks.load("warm").train.images[:8]
+    first, again, other = (batches.augment(images, batches.generator("a", step)) for step in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.min() >= 0 and first.max() <= 1
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fine_tuning_learns_the_task(optimizer: str, tiny: Any, tmp_path: Path) -> None:
+    rho = {"adamw": 0.0, "sam": 0.05, "asam": 0.5}[optimizer]
+    recipe = Recipe("warm", optimizer, steps=60, rho=rho, lr=1e-2, batch_size=32)
+    done = finetune.finetune(recipe, tiny, "cpu", tmp_path)
+    task = tasks.load("warm")
+    head = clip.zero_shot_head(tiny, task)
+    assert clip.accuracy(tiny.encoder, done.theta, task.test, head) > 0.9 and done.train_accuracy > 0.9
+    logits = clip.logits(tiny.encoder, done.theta, task.train.images, head)
+    assert done.train_loss == pytest.approx(F.cross_entropy(logits, task.train.labels).item(), rel=1e-6)
+    assert list(done.log.columns) == ["step", "loss", "loss_perturbed", "grad_norm", "lr"]
+    assert done.log["step"].tolist() == list(range(60))
+    assert done.log["loss"].iloc[-5:].max() < done.log["loss"].iloc[:5].min()
+    higher = (done.log["loss_perturbed"] > done.log["loss"]).mean()
+    assert higher == 0 if optimizer == "adamw" else higher > 0.9
+
+
+def test_the_first_step_is_adamw_on_the_scaled_cosine_loss(tiny: Any, tmp_path: Path) -> None:
+    """One step by hand: same batch, same augmentation, zero-shot head frozen."""
+    recipe = Recipe("warm", "adamw", 1, lr=1e-2, batch_size=16, warmup=0, clip_norm=None, weight_decay=0.3)
+    done = finetune.finetune(recipe, tiny, "cpu", tmp_path)
+    task = tasks.load("warm")
+    head = clip.zero_shot_head(tiny, task)
+    assert head.norm(dim=1).tolist() == pytest.approx([math.exp(2.0)] * 3, rel=1e-5)
+    index = batches.batch_indices(54, 16, 0, 0)
+    images = batches.augment(task.train.images[index], batches.generator("augment", 0, 0))
+    F.cross_entropy(tiny.encoder(images) @ head.T, task.train.labels[index]).backward()
+    for name, p in tiny.encoder.named_parameters():
+        assert p.grad is not None
+        step = p.grad / (p.grad.abs() + 1e-8)  # AdamW's first step: m / sqrt(v) is the gradient's sign
+        assert torch.allclose(done.theta[name], p.detach() * (1 - 1e-2 * 0.3) - 1e-2 * step, atol=1e-6)
+        p.grad = None
+
+
+def test_the_pretrained_model_is_left_alone(tiny: Any, tmp_path: Path) -> None:
+    before = clip.theta(tiny.encoder)
+    finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+    assert same(before, clip.theta(tiny.encoder))
+    assert all(p.grad is None for p in tiny.encoder.parameters())
+
+
+def test_sam_with_rho_zero_is_adamw_and_rho_matters(tiny: Any, tmp_path: Path) -> None:
+    def theta(optimizer: str, rho: float) -> dict[str, Tensor]:
+        recipe = dataclasses.replace(RECIPE, optimizer=optimizer, rho=rho)
+        return finetune.finetune(recipe, tiny, "cpu", tmp_path).theta
+
+    assert same(theta("sam", 0.0), theta("adamw", 0.0))
+    assert not same(theta("sam", 0.05), theta("adamw", 0.0))
+
+
+def test_every_parameter_of_the_embedded_architecture_trains(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, encoder, tokenizer = clip.build()
+    fresh = clip.Clip(encoder, model.eval(), tokenizer, "random")
+    recipe = Recipe("digits", "asam", steps=2, rho=0.5, lr=1e-3, batch_size=8, n_train=20)
+    done = finetune.finetune(recipe, fresh, "cpu", tmp_path)
+    assert not [name for name, w in clip.theta(encoder).items() if torch.equal(w, done.theta[name])]
+
+
+@needs_weights
+def test_fine_tuning_the_embedded_model_beats_its_zero_shot_accuracy(tmp_path: Path) -> None:
+    real = clip.load()
+    task = tasks.load("digits")
+    head = clip.zero_shot_head(real, task)
+    done = finetune.finetune(Recipe("digits", "sam", steps=30, rho=0.05, lr=1e-3), real, "cpu", tmp_path)
+    before = clip.accuracy(real.encoder, clip.theta(real.encoder), task.test, head)
+    assert clip.accuracy(real.encoder, done.theta, task.test, head) > before + 0.1
+
+
+def test_bf16_keeps_fp32_weights(tiny: Any, tmp_path: Path) -> None:
+    done = finetune.finetune(dataclasses.replace(RECIPE, precision="bf16"), tiny, "cpu", tmp_path)
+    assert all(p.dtype == torch.float32 for p in done.theta.values())
+    exact = finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+    assert not same(done.theta, exact.theta)
+    assert done.log["loss"].tolist() == pytest.approx(exact.log["loss"].tolist(), rel=0.05)
+
+
+def test_n_train_limits_the_examples(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def spy(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+        seen.add(n)
+        return batches.batch_indices(n, batch_size, seed, step)
+
+    monkeypatch.setattr(finetune, "batch_indices", spy)
+    finetune.finetune(dataclasses.replace(RECIPE, n_train=10), tiny, "cpu", tmp_path)
+    assert seen == {10}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sam"])
+def test_divergence_names_task_step_and_remedy(
+    optimizer: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def poisoned(images: Tensor, generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return batches.augment(images, generator) * (math.nan if calls == 4 else 1)
+
+    monkeypatch.setattr(finetune, "augment", poisoned)
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, rho=0.05 if optimizer == "sam" else 0.0)
+    with pytest.raises(FloatingPointError, match="'warm' with .* not finite at step 3: lower lr .* or rho"):
+        finetune.finetune(recipe, tiny, "cpu", tmp_path)
+    assert not list((tmp_path / "finetune").glob("[!.]*"))  # nothing half-done stays
+
+
+# ---- cache
+
+
+def test_a_recipe_is_trained_once(tiny: Any, tmp_path: Path, trained: list[Recipe]) -> None:
+    first = finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+    again = finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+    assert trained == [RECIPE]
+    assert same(first.theta, again.theta) and first.log.equals(again.log)
+    assert (first.seconds, first.train_loss) == (again.seconds, again.train_loss)
+
+
+def test_each_cause_of_the_weights_has_an_entry(tiny: Any, tmp_path: Path, trained: list[Recipe]) -> None:
+    variants = [
+        dataclasses.replace(RECIPE, **change)
+        for change in ({}, {"seed": 1}, {"rho": 0.1}, {"task": "cool"}, {"steps": 13}, {"n_train": 20})
+    ]
+    done = finetune_many(variants, tiny, "cpu", tmp_path, jobs=1)
+    assert trained == variants
+    assert not any(same(a.theta, b.theta) for i, a in enumerate(done) for b in done[:i])
+    finetune.finetune(RECIPE, dataclasses.replace(tiny, fingerprint="other"), "cpu", tmp_path)
+    assert len(trained) == len(variants) + 1
+
+
+def test_the_key_follows_code_but_not_prose() -> None:
+    source = 'def f(x):\n    """Doc."""\n    return x  # comment\n'
+    prose = 'def f(x):\n    """Another text."""\n\n    # more\n    return x\n'
+    assert cache._without_prose(source) == cache._without_prose(prose)
+    assert cache._without_prose(source) != cache._without_prose(source.replace("return x", "return -x"))
+
+
+@pytest.mark.parametrize("name", ["theta.safetensors", "log.parquet", "recipe.json"])
+@pytest.mark.parametrize("harm", ["truncate", "delete"])
+def test_a_damaged_cache_file_is_named(name: str, harm: str, tiny: Any, tmp_path: Path) -> None:
+    finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+    (path,) = tmp_path.glob(f"finetune/*/{name}")
+    if harm == "truncate":
+        path.write_bytes(path.read_bytes()[:40])
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=f"cannot read .*{name}: .*delete"):
+        finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "asam"])
+def test_an_interrupted_run_resumes_bit_for_bit(
+    optimizer: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, rho=0.0 if optimizer == "adamw" else 0.5)
+    whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
+    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    steps: list[int] = []
+
+    def breaking(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+        if step == 7 and 7 not in steps:
+            steps.append(step)
+            raise Interrupted
+        steps.append(step)
+        return batches.batch_indices(n, batch_size, seed, step)
+
+    monkeypatch.setattr(finetune, "batch_indices", breaking)
+    with pytest.raises(Interrupted):
+        finetune.finetune(recipe, tiny, "cpu", tmp_path / "broken")
+    resumed = finetune.finetune(recipe, tiny, "cpu", tmp_path / "broken")
+    assert steps == [*range(8), *range(7, 12)]  # nothing is done twice
+    assert same(whole.theta, resumed.theta) and whole.log.equals(resumed.log)
+    assert [path.name for path in (tmp_path / "broken" / "finetune").iterdir()] == [
+        path.name for path in (tmp_path / "whole" / "finetune").iterdir()
+    ]
+
+
+def test_a_damaged_checkpoint_is_named(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", -1.0)
+
+    def breaking(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+        if step == 2:
+            raise Interrupted
+        return batches.batch_indices(n, batch_size, seed, step)
+
+    monkeypatch.setattr(finetune, "batch_indices", breaking)
+    with pytest.raises(Interrupted):
+        finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+    (path,) = tmp_path.glob("finetune/*.partial.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cannot read .*\.partial\.safetensors: .*delete"):
+        finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
+
+
+def test_processes_give_the_weights_of_a_serial_run_in_the_order_of_the_recipes(
+    tiny: Any, tmp_path: Path, trained: list[Recipe]
+) -> None:
+    recipes = [dataclasses.replace(RECIPE, seed=seed) for seed in (1, 0, 1)]
+    serial = finetune_many(recipes, tiny, "cpu", tmp_path / "serial", jobs=1)
+    assert trained == recipes[:2]  # the third equals the first
+    parallel = finetune_many(recipes, tiny, "cpu", tmp_path / "parallel", jobs=2)
+    assert [done.recipe for done in parallel] == recipes
+    assert all(same(a.theta, b.theta) for a, b in zip(serial, parallel, strict=True))
+    with pytest.raises(ValueError, match="jobs must be"):
+        finetune_many(recipes, tiny, "cpu", tmp_path, jobs=0)
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, sam, asam, not 'sgd'"),
+        ({"steps": 0}, "steps must be an integer >= 1, not 0"),
+        ({"steps": 1.5}, "steps must be an integer"),
+        ({"rho": -0.1}, "rho must be >= 0"),
+        ({"optimizer": "adamw"}, "rho must be >= 0, and 0 for adamw, not 0.05"),
+        ({"eta": 0.1}, "eta must be >= 0, and 0 unless the optimizer is asam"),
+        ({"lr": 0.0}, "lr must be > 0"),
+        ({"lr": math.nan}, "lr must be > 0"),
+        ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
+        ({"clip_norm": 0.0}, "clip_norm must be > 0 or None"),
+        ({"n_train": 0}, "n_train must be"),
+        ({"batch_size": True}, "batch_size must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"precision": "fp16"}, "precision must be fp32 or bf16"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+    ],
+)
+def test_a_recipe_checks_itself(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RECIPE, **change)
+
+
+def test_unknown_task_is_a_key_error(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="unknown task 'cold'"):
+        finetune.finetune(dataclasses.replace(RECIPE, task="cold"), tiny, "cpu", tmp_path)

@@ -1,0 +1,471 @@
+"""Build the book: run the notebooks with papermill, stage the executed copies, render them with Jupyter Book.
+
+    python -m tools.build_book --preset smoke
+    python -m tools.build_book -p seed=1                      # a parameter of every notebook
+    python -m tools.build_book -p 05_merging:lam_points=21    # a parameter of one notebook
+
+Everything is written below build/<preset>/ (see `Paths`). A notebook runs again only when its code, samlib's
+code, the testbed, the published values or its parameters changed; a change of text is only rendered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from tools.check_offline import problems
+
+ROOT = Path(__file__).resolve().parent.parent
+COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+LOCAL_BADGE = "../book/images/open-in-colab.svg"
+WIDGET_TYPES = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
+HEARTBEAT = 60.0  # s, between two lines about a running notebook when the output is no terminal
+
+Notebook = nbformat.NotebookNode
+Cell = nbformat.NotebookNode
+
+
+class BuildError(Exception):
+    """A message for the reader of the terminal: what is wrong and where; no traceback is shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """Where one preset's build lives."""
+
+    root: Path  # the repository
+    build: Path  # build/<preset>
+
+    @property
+    def executed(self) -> Path:
+        """The notebooks as papermill left them."""
+        return self.build / "executed"
+
+    @property
+    def stage(self) -> Path:
+        """What Jupyter Book reads: configuration, pages, executed notebooks with today's text."""
+        return self.build / "stage"
+
+    @property
+    def html(self) -> Path:
+        """The rendered book."""
+        return self.build / "html"
+
+    @property
+    def state(self) -> Path:
+        """For every notebook, the key of its last complete run and the seconds it took."""
+        return self.build / "state.json"
+
+
+# Notebooks and their parameters
+
+
+def notebooks_in_toc(root: Path) -> list[str]:
+    """The notebooks' names in the book's order, as `_toc.yml` lists them."""
+    text = (root / "_toc.yml").read_text(encoding="utf-8")
+    return re.findall(r"file:\s*notebooks/([\w-]+)", text)
+
+
+def read_notebook(path: Path) -> Notebook:
+    return nbformat.read(path, as_version=4)
+
+
+def tags(cell: Cell) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def code_cells(notebook: Notebook) -> list[Cell]:
+    """The code cells, without the one that papermill injects."""
+    return [c for c in notebook.cells if c.cell_type == "code" and "injected-parameters" not in tags(c)]
+
+
+def parameters(notebook: Notebook) -> dict[str, set[str]]:
+    """The parameters of a notebook: for each name the names of the allowed types, empty if anything goes."""
+    cell = next((c for c in code_cells(notebook) if "parameters" in tags(c)), None)
+    found: dict[str, set[str]] = {}
+    for node in ast.parse(cell.source).body if cell else []:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = type_names(node.annotation)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constant = isinstance(node.value, ast.Constant)
+            found[node.targets[0].id] = {type(ast.literal_eval(node.value)).__name__} if constant else set()
+    return found
+
+
+def type_names(annotation: ast.expr) -> set[str]:
+    """An annotation's outer types: {'float', 'NoneType'} for `float | None`, {'list'} for `list[int]`."""
+    if isinstance(annotation, ast.BinOp):
+        return type_names(annotation.left) | type_names(annotation.right)
+    if isinstance(annotation, ast.Subscript):
+        return type_names(annotation.value)
+    return {ast.unparse(annotation).replace("None", "NoneType")}
+
+
+def parse_parameter(text: str) -> tuple[str | None, str, Any]:
+    """Split `[NOTEBOOK:]NAME=VALUE`; the value is a Python literal (0.05, True, [1, 2]) or else a string."""
+    match = re.fullmatch(r"(?:([\w-]+):)?([A-Za-z_]\w*)=(.*)", text)
+    if match is None:
+        raise BuildError(f"parameter {text!r} must look like NAME=VALUE or NOTEBOOK:NAME=VALUE")
+    notebook, name, value = match.groups()
+    try:
+        return notebook, name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return notebook, name, value
+
+
+def assign_parameters(
+    notebooks: Mapping[str, Notebook], given: Iterable[tuple[str | None, str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Give every notebook its parameters, later ones first.
+
+    Args:
+        notebooks: The book's notebooks by name.
+        given: Triples (notebook or None for all, parameter, value).
+
+    Raises:
+        BuildError: A notebook, a parameter or a type is unknown; the message lists all such mistakes.
+    """
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in notebooks}
+    wrong: list[str] = []
+    for target, parameter, value in given:
+        if target is not None and target not in notebooks:
+            wrong.append(f"there is no notebook {target!r}, only {', '.join(notebooks)}")
+            continue
+        for name in notebooks if target is None else [target]:
+            known = parameters(notebooks[name])
+            if parameter not in known:
+                wrong.append(f"{name} has no parameter {parameter!r}, only {', '.join(known) or 'none'}")
+                continue
+            types, given_type = known[parameter], type(value).__name__
+            if types and given_type not in types and not (given_type == "int" and "float" in types):
+                wrong.append(f"{name}: {parameter} must be {' or '.join(sorted(types))}, not {value!r}")
+            chosen[name][parameter] = value
+    if wrong:
+        raise BuildError("; ".join(wrong))
+    return chosen
+
+
+# What a run depends on
+
+
+def code_digest(source: str) -> str:
+    """A hash of Python source that comments, layout and docstrings do not change."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def shared_digest(root: Path) -> str:
+    """A hash of what every notebook depends on: samlib, the testbed, the published values, torch."""
+    digest = hashlib.sha256(f"{sys.version_info[:2]} {importlib.metadata.version('torch')}".encode())
+    for path in sorted((root / "samlib").glob("*.py")):
+        digest.update(f"{path.name} {code_digest(path.read_text(encoding='utf-8'))}".encode())
+    data = [p for p in sorted((root / "samlib" / "testbed").rglob("*")) if p.suffix != ".md" and p.is_file()]
+    for path in data + sorted((root / "book" / "published").glob("*.json")):
+        digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def run_key(notebook: Notebook, chosen: Mapping[str, Any], shared: str) -> str:
+    """A hash of everything that a run of this notebook depends on; its text does not count."""
+    parts = [[cell.source for cell in code_cells(notebook)], dict(chosen), shared]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Replace the state in one step, so that a build that is stopped leaves the old or the new one."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+# Running
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def execute(source: Path, target: Path, chosen: Mapping[str, Any], timeout: int, label: str) -> float:
+    """Run one notebook with papermill in a process of its own and say how far it is.
+
+    Args:
+        source: The notebook.
+        target: Where its executed copy goes; written only when the run is complete.
+        chosen: Its parameters.
+        timeout: Seconds that one cell may take.
+        label: What the progress lines begin with.
+
+    Returns:
+        The seconds it took.
+
+    Raises:
+        BuildError: A cell failed; the message names it and the error.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    running = target.with_suffix(".incomplete.ipynb")
+    running.unlink(missing_ok=True)
+    total = len(read_notebook(source).cells) + 1  # papermill adds a cell
+    command = [sys.executable, "-m", "papermill", str(source), str(running), "-k", "python3", "-l", "python"]
+    command += ["--log-output", "--cwd", str(source.parent), "--execution-timeout", str(timeout)]
+    command += ["-y", yaml.safe_dump(dict(chosen))]
+    environment = os.environ | {"SAMLIB_STATIC": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUNBUFFERED": "1"}
+    start, last = time.monotonic(), 0.0
+    process = subprocess.Popen(
+        command, env=environment, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    cell, tail = [0], collections.deque[str](maxlen=200)  # the running cell, counted from 1; the last lines
+
+    def follow() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            tail.append(line.rstrip())
+            if match := re.match(r"Executing Cell (\d+)", line):
+                cell[0] = int(match[1])
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    terminal = sys.stdout.isatty()
+    try:
+        while True:
+            try:
+                process.wait(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                seconds = time.monotonic() - start
+                line = f"{label}: cell {cell[0]} of {total}, {clock(seconds)}"
+                if terminal:
+                    print(f"\r{line}   ", end="", flush=True)
+                elif seconds - last >= HEARTBEAT:
+                    last = seconds
+                    print(line, flush=True)
+    finally:
+        process.terminate()
+        reader.join()
+        if terminal:
+            print("\r\x1b[K", end="")
+    if process.returncode != 0:
+        raise BuildError(failure(source.stem, running, cell[0], list(tail)))
+    notebook = read_notebook(running)
+    without_widgets(notebook)
+    nbformat.write(notebook, running)
+    os.replace(running, target)
+    return time.monotonic() - start
+
+
+def failure(name: str, executed: Path, position: int, log: Sequence[str]) -> str:
+    """One short message about a run that failed: the code cell's number, its first line and the error.
+
+    Args:
+        name: The notebook.
+        executed: What papermill wrote.
+        position: The cell that was running, counted from 1 over all cells; 0 if none was.
+        log: The last lines that papermill printed.
+    """
+    errors = [line for line in log if re.match(r"[\w.]+(Error|Exception|Interrupt|NoSuchKernel)\b", line)]
+    what = errors[-1] if errors else "\n".join(log[-5:])
+    if not position or not executed.is_file():
+        return f"{name} could not be run: {what}"
+    cells = [c for c in read_notebook(executed).cells if "papermill-error-cell-tag" not in tags(c)][:position]
+    for output in cells[-1].get("outputs", []):
+        if output.output_type == "error":
+            what = f"{output.ename}: {output.evalue}"
+    if any("CellTimeoutError" in line for line in log):
+        what = "It took longer than a cell may, see --execution-timeout."
+    number = sum(c.cell_type == "code" and "injected-parameters" not in tags(c) for c in cells)
+    first = next(iter(cells[-1].source.strip().splitlines()), "")
+    return f"{name} failed in code cell {number}, {first!r}\n{what}\nThe run so far: {executed}"
+
+
+def without_widgets(notebook: Notebook) -> None:
+    """Remove widgets: a page has no kernel to drive them."""
+    notebook.metadata.pop("widgets", None)
+    for cell in code_cells(notebook):
+        cell.outputs = [o for o in cell.outputs if not any(t in o.get("data", {}) for t in WIDGET_TYPES)]
+
+
+def check_executed(notebook: Notebook, name: str) -> None:
+    """Check that a staged notebook was run to its end and that readers who cannot see its figures get a text.
+
+    Raises:
+        BuildError: A cell was not run, has an error, or shows an image without `mystnb.image.alt`.
+    """
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        where = f"{name}, code cell {number}"
+        if cell.source.strip() and cell.execution_count is None:
+            raise BuildError(f"{where} was not executed")
+        if cell.metadata.get("papermill", {}).get("exception") or any(
+            o.output_type == "error" for o in cell.outputs
+        ):
+            raise BuildError(f"{where} ended with an error")
+        images = any(t.startswith("image/") for o in cell.outputs for t in o.get("data", {}))
+        if images and not cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
+            raise BuildError(f"{where} shows an image but its metadata has no mystnb.image.alt")
+    if notebook.metadata.get("papermill", {}).get("exception"):
+        raise BuildError(f"{name} ended with an error")
+
+
+# Staging and rendering
+
+
+def combine(source: Notebook, executed: Notebook) -> Notebook:
+    """Put the outputs of an earlier run into the notebook as it is now.
+
+    The code cells must be the same, in the same order; text cells and the cells' metadata are the source's.
+    """
+    result = copy.deepcopy(source)
+    result.metadata = executed.metadata
+    injected = [c for c in executed.cells if "injected-parameters" in tags(c)]
+    for cell, run in zip(code_cells(result), code_cells(executed), strict=True):
+        cell.outputs, cell.execution_count = run.outputs, run.execution_count
+        if "papermill" in run.metadata:
+            cell.metadata["papermill"] = run.metadata["papermill"]
+    place = next((i for i, c in enumerate(result.cells) if "parameters" in tags(c)), -1) + 1
+    result.cells[place:place] = injected
+    return result
+
+
+def stage(paths: Paths, names: Sequence[str]) -> None:
+    """Write what Jupyter Book reads, anew."""
+    shutil.rmtree(paths.stage, ignore_errors=True)
+    (paths.stage / "notebooks").mkdir(parents=True)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(paths.root / name, paths.stage / name)
+    shutil.copytree(paths.root / "book", paths.stage / "book")
+    for name in names:
+        source = read_notebook(paths.root / "notebooks" / f"{name}.ipynb")
+        notebook = combine(source, read_notebook(paths.executed / f"{name}.ipynb"))
+        check_executed(notebook, name)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = cell.source.replace(COLAB_BADGE, LOCAL_BADGE)
+        nbformat.write(notebook, paths.stage / "notebooks" / f"{name}.ipynb")
+
+
+def render(paths: Paths) -> None:
+    """Turn the stage into HTML; a warning of Sphinx is an error, and so is a page that needs a network."""
+    fresh = paths.build / "render"
+    shutil.rmtree(fresh, ignore_errors=True)
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(paths.stage), "-W", "-n"]
+    command += ["--keep-going", "-q", "--path-output", str(fresh)]
+    result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = re.sub(r"\x1b\[[\d;]*m", "", result.stdout)  # without colours
+    (paths.build / "render.log").write_text(log, encoding="utf-8")
+    if result.returncode != 0:
+        lines = [line for line in log.splitlines() if re.search("WARNING|ERROR|CRITICAL", line)]
+        reported = "\n".join(lines) or log
+        raise BuildError(f"Jupyter Book reports:\n{reported}\nAll it said: {paths.build / 'render.log'}")
+    if found := problems(fresh / "_build" / "html"):
+        raise BuildError("the pages are not complete without a network:\n" + "\n".join(found))
+    shutil.rmtree(paths.html, ignore_errors=True)
+    os.replace(fresh / "_build" / "html", paths.html)
+    shutil.rmtree(fresh)
+
+
+def build(root: Path, preset: str, given: Sequence[str], timeout: int) -> Path:
+    """Build the book of one preset.
+
+    Args:
+        root: The repository.
+        preset: The value of every notebook's `preset` parameter.
+        given: Further parameters as `[NOTEBOOK:]NAME=VALUE`.
+        timeout: Seconds that one cell may take.
+
+    Returns:
+        The first page.
+
+    Raises:
+        BuildError: With a message for the terminal.
+    """
+    paths = Paths(root, root / "build" / preset)
+    names = notebooks_in_toc(root)
+    missing = [name for name in names if not (root / "notebooks" / f"{name}.ipynb").is_file()]
+    if missing:
+        raise BuildError(f"_toc.yml lists notebooks that do not exist: {', '.join(missing)}")
+    notebooks = {name: read_notebook(root / "notebooks" / f"{name}.ipynb") for name in names}
+    chosen = assign_parameters(notebooks, [(None, "preset", preset), *map(parse_parameter, given)])
+
+    paths.build.mkdir(parents=True, exist_ok=True)
+    state = read_state(paths.state)
+    shared = shared_digest(root)
+    keys = {name: run_key(notebooks[name], chosen[name], shared) for name in names}
+    to_run = [
+        name
+        for name in names
+        if state.get(name, {}).get("key") != keys[name] or not (paths.executed / f"{name}.ipynb").is_file()
+    ]
+    print(f"{len(names)} notebooks with preset {preset}: {len(to_run)} to run, the others are unchanged.")
+    start = time.monotonic()
+    for number, name in enumerate(to_run, start=1):
+        label = f"[{number}/{len(to_run)}] {name}"
+        past = [state.get(n, {}).get("seconds") for n in to_run[number - 1 :]]
+        print(label + (f", about {clock(sum(past))} left" if all(past) else ""), flush=True)
+        source = root / "notebooks" / f"{name}.ipynb"
+        seconds = execute(source, paths.executed / f"{name}.ipynb", chosen[name], timeout, label)
+        state[name] = {"key": keys[name], "seconds": round(seconds, 1)}
+        write_state(paths.state, state)
+        so_far = clock(time.monotonic() - start)
+        print(f"{label}: done in {clock(seconds)}, {so_far} since the start", flush=True)
+
+    print("Rendering the pages.", flush=True)
+    stage(paths, names)
+    render(paths)
+    return paths.html / "index.html"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the notebooks and render the book.")
+    parser.add_argument("--preset", default="laptop", help="size of the experiments (default: laptop)")
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="[NOTEBOOK:]NAME=VALUE",
+        help="set a notebook's parameter; without NOTEBOOK, of every notebook; may be repeated",
+    )
+    limit = "seconds that one cell may take (default: %(default)s)"
+    parser.add_argument("--execution-timeout", type=int, default=7200, metavar="S", help=limit)
+    options = parser.parse_args(arguments)
+    from samlib.presets import PRESETS  # here, because it takes seconds and --help should not
+
+    if options.preset not in PRESETS:
+        parser.error(f"there is no preset {options.preset!r}, only {', '.join(PRESETS)}")
+    try:
+        page = build(ROOT, options.preset, options.parameters, options.execution_timeout)
+    except BuildError as error:
+        print(f"build_book: {error}", file=sys.stderr)
+        return 1
+    print(f"The book is ready: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
