@@ -1,8 +1,8 @@
 """Choose the radii of SAM and ASAM on validation data: `python -m benchmarks.choose_rho`.
 
 For each optimiser the radius with the best mean validation accuracy of the model merged by task arithmetic
-wins. No test image plays a part. The grid is written to book/published/rho.published.json, and the chosen
-values belong into samlib/presets.py.
+wins. No test image plays a part, and the seed is none of the published ones. The grid is written to
+book/published/rho.published.json; the chosen values belong into samlib/presets.py.
 """
 
 from __future__ import annotations
@@ -10,31 +10,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+import joblib
+
 from samlib import clip as clip_module
-from samlib.experiment import measure_many
+from samlib.experiment import measure
 from samlib.run import begin
 
-GRIDS = {"SAM": (0.02, 0.05, 0.1, 0.2), "ASAM": (0.2, 0.5, 1.0, 2.0)}
+GRIDS = {"SAM": (0.05, 0.1, 0.2), "ASAM": (0.5, 1.0, 2.0)}
 
 
 def main() -> None:
-    """Fine-tune, merge and score every radius; resumable."""
+    """Fine-tune, merge and score every radius, side by side; resumable."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="published")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100])
+    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--length", type=float, default=0.2, help="multiple of the published preset's steps")
     a = parser.parse_args()
-    run = begin("rho", preset=a.preset)
+    run = begin("rho", preset="published")
     clip = clip_module.load(run.device)
-    grid: dict[str, dict[str, list[float]]] = {"SAM": {}, "ASAM": {}}
-    for arm, radii in GRIDS.items():
-        name = f"rho_{arm.lower()}"
-        for rho in radii:
-            one = dataclasses.replace(run, preset=dataclasses.replace(run.preset, **{name: rho}))
-            found = measure_many(one, clip, [(arm, seed, 1.0) for seed in a.seeds])
-            grid[arm][str(rho)] = [result["validation"]["task arithmetic"] for result in found]
-            print(arm, rho, grid[arm][str(rho)], [result["validation"]["single"] for result in found], flush=True)
-    chosen = {arm: float(max(row, key=lambda rho: sum(row[rho]))) for arm, row in grid.items()}
-    run.publish({"grid": grid, "chosen": chosen, "seeds": a.seeds})
+    points = [(arm, rho) for arm, radii in GRIDS.items() for rho in radii]
+    runs = [
+        dataclasses.replace(run, preset=dataclasses.replace(run.preset, **{f"rho_{arm.lower()}": rho}))
+        for arm, rho in points
+    ]
+    jobs = joblib.cpu_count() if run.device == "cpu" else 1
+    calls = (
+        joblib.delayed(measure)(one, clip, arm, a.seed, a.length) for one, (arm, _) in zip(runs, points, strict=True)
+    )
+    grid: dict[str, dict[str, dict[str, float]]] = {arm: {} for arm in GRIDS}
+    for (arm, rho), result in zip(points, joblib.Parallel(jobs, return_as="generator")(calls), strict=True):
+        grid[arm][str(rho)] = result["validation"]
+        print(arm, rho, result["validation"], flush=True)
+    chosen = {arm: float(max(row, key=lambda rho: row[rho]["task arithmetic"])) for arm, row in grid.items()}
+    run.publish({"grid": grid, "chosen": chosen, "seed": a.seed, "length": a.length})
     print(chosen)
 
 

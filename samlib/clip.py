@@ -52,7 +52,7 @@ def vit_convstem_32(pretrained: bool = False, **kwargs: Any) -> VisionTransforme
     }
     model = build_model_with_cfg(VisionTransformer, "vit_convstem_32", pretrained, **{**arguments, **kwargs})
     for block in model.blocks:  # fused attention has no second derivative, and is slow in bf16 on the CPU
-        block.attn.fused_attn = False
+        block.attn.fused_attn = False  # type: ignore[union-attr]
     return model
 
 
@@ -76,8 +76,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Encode pixels, uint8 in [0, 255] or float in [0, 1], (B, 3, H, W) -> unit features (B, d)."""
         pixels = images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
-        features = self.visual((pixels - self.mean) / self.std)  # (B, d)
-        return nn.functional.normalize(features, dim=-1)
+        features = self.visual((pixels - self.mean) / self.std)  # (B, d), bf16 under autocast
+        return nn.functional.normalize(features.to(self.mean.dtype), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

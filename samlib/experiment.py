@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -95,7 +96,12 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
         }
 
     p = run.preset
-    decides = {"recipes": [asdict(r) for r in todo], "lambdas": [p.lambdas, p.lambdas_ties], "n_eval": p.n_eval}
+    decides = {
+        "recipes": [asdict(r) for r in todo],
+        "lambdas": [p.lambdas, p.lambdas_ties],
+        "n_eval": p.n_eval,
+        "code": inspect.getsource(_measure),
+    }
     value: dict[str, Any] = run.cached("measure", decides, compute)
     return value
 
@@ -237,25 +243,57 @@ def gains(results: dict[str, list[dict[str, Any]]], base: str, value: str = "mea
     return pd.DataFrame(rows, columns=["arm", "model", "gain", "low", "high", "n"]).set_index(["arm", "model"])
 
 
+def published(run: Run, steps: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The book's own results, seeds in the same order for every arm.
+
+    Args:
+        run: where the published file is.
+        steps: training length, in AdamW's steps; None for the length that the book reports: the one with the
+            most seeds, of several the longest.
+
+    Returns:
+        arm -> one result of `measure` a seed, for the seeds that all of ARMS have; empty if there are none.
+        Each result also holds its `arm`, `seed` and `steps`.
+
+    Taught in: 05_merging.
+    """
+    runs = (run.published_values() or {}).get("runs", [])
+    by_length: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for length in sorted({r["steps"] for r in runs}):
+        here = [r for r in runs if r["steps"] == length]
+        seeds = [{r["seed"] for r in here if r["arm"] == arm} for arm in ARMS]
+        complete = sorted(set.intersection(*seeds))
+        if complete:
+            by_length[length] = {
+                arm: sorted((r for r in here if r["arm"] == arm and r["seed"] in complete), key=lambda r: r["seed"])
+                for arm in ARMS
+            }
+    if steps is None and by_length:
+        steps = max(by_length, key=lambda length: (len(by_length[length]["AdamW"]), length))
+    return by_length.get(steps or 0, {})
+
+
 def main() -> None:
-    """Measure every arm, seed after seed, and rewrite the published values after each; resumable."""
+    """Measure every arm, seed after seed, and rewrite the published values after each; resumable run by run."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", default="published")
-    parser.add_argument("--lengths", action="store_true", help="the training-length axis too, after the table")
+    parser.add_argument("--lengths", type=float, nargs="+", help="multiples of the preset's steps, in this order")
     a = parser.parse_args()
     run = begin("experiment", preset=a.preset)
     clip = clip_module.load(run.device)
-    passes = [(1.0, ARMS)]
-    if a.lengths:
-        passes += [(length, ("AdamW", "SAM", "ASAM")) for length in run.preset.lengths if length != 1]
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for length, arms in passes:
+    done = run.published_values(f"experiment.{a.preset}") or {"runs": []}
+    runs = {(r["arm"], r["seed"], r["steps"]): r for r in done["runs"]}
+    for length in a.lengths or run.preset.lengths:
+        steps = recipes(run, "AdamW", 0, length)[0].steps
         for seed in run.preset.seeds:
-            found = measure_many(run, clip, [(arm, seed, length) for arm in arms])
-            for arm, result in zip(arms, found, strict=True):
-                results.setdefault(str(length), {}).setdefault(arm, []).append(result)
-            run.publish({"zero-shot": zero_shot(run, clip), "lengths": results})
-            print(f"length {length}, seed {seed}: written to {run.published_file}", flush=True)
+            missing = [arm for arm in ARMS if (arm, seed, steps) not in runs]
+            if not missing:
+                continue
+            found = measure_many(run, clip, [(arm, seed, length) for arm in missing])
+            for arm, result in zip(missing, found, strict=True):
+                runs[arm, seed, steps] = {"arm": arm, "seed": seed, "steps": steps, **result}
+            run.publish({"zero-shot": zero_shot(run, clip), "runs": list(runs.values())})
+            print(f"{steps} steps, seed {seed}: written to {run.published_file}", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,7 @@ def finetune(recipe: Recipe, clip: Clip, device: str | torch.device, cache: Path
     """
     device = torch.device(device)
     folder = _folder(recipe, clip, device, cache)
-    if not folder.is_dir():
-        with _one_thread(device):
-            done = _train(recipe, clip, device, folder.with_name(f"{folder.name}.partial.safetensors"))
-        with store.replacing(folder) as scratch:
-            _write(done, scratch)
-    return _read(recipe, folder)
+    return _read(recipe, _fill(folder, recipe, clip, device))
 
 
 def finetune_many(
@@ -107,16 +102,29 @@ def finetune_many(
     jobs = joblib.cpu_count() if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs must be an integer >= 1 or None, not {jobs}")
-    todo = [r for r in dict.fromkeys(recipes) if not _folder(r, clip, device, cache).is_dir()]
+    folders = {recipe: _folder(recipe, clip, device, cache) for recipe in recipes}
+    todo = [(folder, recipe, clip, device) for recipe, folder in folders.items() if not folder.is_dir()]
     jobs = min(jobs, len(todo)) if device.type == "cpu" else 1
     if jobs <= 1:
-        running: Iterator[Recipe] = (_work(recipe, clip, device, cache) for recipe in todo)
+        running: Iterator[Path] = (_fill(*job) for job in todo)
     else:
         pool = joblib.Parallel(n_jobs=jobs, backend="loky", return_as="generator_unordered")
-        running = pool(joblib.delayed(_work)(recipe, clip, device, cache) for recipe in todo)
+        running = pool(joblib.delayed(_fill)(*job) for job in todo)
     for _ in tqdm(running, total=len(todo), desc="fine-tuning", unit="model", disable=not todo):
         pass
-    return [_read(recipe, _folder(recipe, clip, device, cache)) for recipe in recipes]
+    return [_read(recipe, folders[recipe]) for recipe in recipes]
+
+
+def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device) -> Path:
+    """Train unless the folder is there; only its path travels back from another process."""
+    if not folder.is_dir():
+        partial_file = folder.with_name(f"{folder.name}.partial.safetensors")
+        with _one_thread(device):
+            done = _train(recipe, clip, device, partial_file)
+        with store.replacing(folder) as scratch:
+            _write(done, scratch)
+        partial_file.unlink(missing_ok=True)
+    return folder
 
 
 def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path) -> Finetuned:
@@ -134,8 +142,8 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path)
 
     def loss_on(batch: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            logits = encoder(batch) @ head.T  # (B, K)
-        loss = F.cross_entropy(logits.float(), target)
+            features = encoder(batch)  # (B, d)
+        loss = F.cross_entropy(features.float() @ head.T, target)
         loss.backward()
         return loss
 
@@ -166,7 +174,6 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path)
     log = pd.DataFrame(history.cpu().numpy(), columns=list(COLUMNS))
     log.insert(0, "step", range(recipe.steps))
     log["lr"] = [lr_at(step, recipe.steps, recipe.lr, recipe.warmup) for step in range(recipe.steps)]
-    partial_file.unlink(missing_ok=True)
     return Finetuned(
         recipe=recipe,
         theta={name: w.cpu() for name, w in theta.items()},
@@ -182,12 +189,6 @@ def _diverged(recipe: Recipe, step: int) -> FloatingPointError:
         f"fine-tuning {recipe.task!r} with {recipe.optimizer} gave a loss or gradient that is not finite "
         f"at step {step}: lower lr (now {recipe.lr}) or rho (now {recipe.rho})"
     )
-
-
-def _work(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Recipe:
-    """`finetune` for its cached files alone: no weights travel back between processes."""
-    finetune(recipe, clip, device, cache)
-    return recipe
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -98,9 +98,9 @@ def ties(theta_0: Theta, thetas: Sequence[Theta], lam: float = 1.0, density: flo
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], not {density}")
     _check([theta_0, *thetas], least=2)
-    flat_0 = _flat(theta_0)  # (P,)
+    flat_0 = _flat(theta_0, theta_0)  # (P,)
     k = int(density * len(flat_0))
-    taus = torch.stack([_trim(_flat(theta) - flat_0, k) for theta in thetas])  # (T, P)
+    taus = torch.stack([_trim(_flat(theta, theta_0) - flat_0, k) for theta in thetas])  # (T, P)
     sign = taus.sum(0).sign()  # (P,)
     agree = (taus.sign() == sign) & (sign != 0)  # (T, P)
     tau = (taus * agree).sum(0) / agree.sum(0).clamp(min=1)  # (P,), disjoint mean
@@ -145,8 +145,9 @@ def _trim(tau: Tensor, k: int) -> Tensor:
     return tau * keep
 
 
-def _flat(theta: Theta) -> Tensor:
-    return torch.cat([w.reshape(-1) for w in theta.values()])
+def _flat(theta: Theta, names: Iterable[str]) -> Tensor:
+    """One vector, in the order of the names: files return their tensors in another order than models."""
+    return torch.cat([theta[name].reshape(-1) for name in names])
 
 
 def _check_lam(lam: float) -> None:

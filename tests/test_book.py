@@ -51,7 +51,7 @@ class TestNotebook:
         assert re.findall(r"^# ", text, re.M) == ["# "], "one title, sections below it"
         colab = REPOSITORY.replace("https://", "https://colab.research.google.com/")
         assert f"{colab}/blob/main/notebooks/{path.name}" in text
-        assert re.search(r"^## Learning goals", text, re.M)
+        assert re.search(r"^## Learning goals$", text, re.M)
 
     def test_has_one_parameters_cell_with_single_typed_lines(self, path):
         cells = [c for c in build_book.read_notebook(path).cells if "parameters" in build_book.tags(c)]
@@ -67,12 +67,22 @@ class TestNotebook:
         for line in re.findall(r"pip install.*", code):
             assert "torch" not in line and "--upgrade" not in line and " -U" not in line
 
-    def test_ends_with_exercises_stamp_and_references(self, path):
+    def test_ends_with_exercises_comparison_stamp_and_references(self, path):
         text, code = text_of(path, "markdown"), text_of(path, "code")
-        assert re.search(r"^## Exercises", text, re.M) and re.search(r"^\s*assert ", code, re.M)
-        assert ".stamp(" in code
-        assert re.search(r"^## References", text, re.M)
-        assert "{footcite" not in text or "{footbibliography}" in text
+        headings = re.findall(r"^## (.+)$", text, re.M)
+        assert headings[-4:] == [
+            "Exercises",
+            "Your run against the published one",
+            "Where these numbers come from",
+            "References",
+        ]
+        assert re.search(r"^\s*assert ", code, re.M) and ".stamp(" in code
+        assert "{cite" not in text and "{bibliography}" not in text, "citations are footnotes of their page"
+        assert ("{footcite" in text) == ("{footbibliography}" in text)
+
+    def test_glue_names_are_unique_in_the_book(self, path):
+        names = re.findall(r"\{glue:\w*\}`([^`:]+)", text_of(path, "markdown"))
+        assert all(name.startswith(f"nb{path.stem[:2]}_") or "/" in name for name in names), names
 
     def test_figures_have_text_for_those_who_do_not_see_them(self, path):
         for cell in build_book.code_cells(build_book.read_notebook(path)):

@@ -48,6 +48,17 @@ def test_ties_on_a_worked_example() -> None:
     assert flat(half) == [1 + 2, 1 - 2.5, 1 - 2.5, 1 + 1.5, 1 - 1.5, 1 + 2]
 
 
+def test_the_order_of_the_tensors_does_not_matter() -> None:
+    """Files give tensors back sorted by name, models in the order of their layers."""
+    theta_0, thetas = theta(1, 2, 3, 4, 5, 6), [theta(2, 0, 3, 4, 9, 6), theta(1, 5, 3, 3, 5, 8)]
+    other = [dict(sorted(weights.items())) for weights in thetas]  # "bias" first
+    assert list(other[0]) != list(theta_0)
+    methods = (lambda t: average([theta_0, *t]), lambda t: task_arithmetic(theta_0, t, 0.5), lambda t: ties(theta_0, t))
+    for method in methods:
+        merged, expected = method(other), method(thetas)
+        assert list(merged) == list(theta_0) and all(torch.equal(merged[name], expected[name]) for name in theta_0)
+
+
 def test_ties_keeps_exactly_k_the_first_of_equal_magnitudes() -> None:
     merged = ties(theta(0, 0, 0, 0, 0, 0), [theta(1, -1, 1, 2, -1, 1)], density=0.5)
     assert flat(merged) == [1, -1, 0, 2, 0, 0]

@@ -122,7 +122,7 @@ def test_a_name_that_papermill_injected_must_be_declared(monkeypatch: pytest.Mon
 
 
 def test_other_cells_and_declared_names_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_notebook(monkeypatch, "helper = 1\n# Parameters\n", "# Parameters\nrho: float = 0.1\nseed = 2")
+    fake_notebook(monkeypatch, "width = 1\n# Parameters\n", "# Parameters\nrho: float = 0.1\nseed = 2")
     assert begin("demo", rho=0.1, seed=2).seed == 2
 
 

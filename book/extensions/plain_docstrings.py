@@ -10,7 +10,7 @@ def escape(app: Sphinx, what: str, name: str, obj: object, options: object, line
     for number, line in enumerate(lines):
         parts = re.split(r"(`+[^`]+`+)", line)  # text, code, text, ...
         parts[::2] = [re.sub(r"([*|]|_\b)", r"\\\1", part) for part in parts[::2]]
-        parts[1::2] = ["``" + part.strip("`") + "``" for part in parts[1::2]]
+        parts[1::2] = ["\\ ``" + part.strip("`") + "``\\ " for part in parts[1::2]]  # an escaped space shows none
         lines[number] = "".join(parts)
 
 
