@@ -115,56 +115,56 @@ def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
     theta_0 = clip_module.theta(encoder)
     thetas = [{name: w.to(run.device) for name, w in theta.items()} for theta in thetas]
 
-    def scores(theta: Theta, splits: list[tasks.Split]) -> list[float]:
-        return [accuracy(encoder, theta, split, head) for split, head in zip(splits, heads, strict=True)]
+    def score(models: Sequence[Theta], splits: list[tasks.Split]) -> tuple[list[float], list[float]]:
+        """Accuracy and loss of the t-th model on the t-th split."""
+        accuracies, losses = [], []
+        for theta, split, head in zip(models, splits, heads, strict=True):
+            outputs = logits(encoder, theta, split.images, head).cpu()  # (N, K)
+            accuracies.append((outputs.argmax(1) == split.labels).double().mean().item())
+            losses.append(cross_entropy(outputs, split.labels).item())
+        return accuracies, losses
 
-    def losses(models: Sequence[Theta]) -> list[float]:
-        return [
-            cross_entropy(logits(encoder, theta, split.images, head).cpu(), split.labels).item()
-            for theta, split, head in zip(models, tests, heads, strict=True)
-        ]
+    single, single_loss = score(thetas, tests)
+    single_validation, _ = score(thetas, validations)
 
-    def own(splits: list[tasks.Split]) -> list[float]:
-        return [accuracy(encoder, t, s, h) for t, s, h in zip(thetas, splits, heads, strict=True)]
-
-    single, single_validation = own(tests), own(validations)
-    on_validation = {"single": sum(single_validation) / len(thetas)}
-
-    def row(theta: Theta) -> dict[str, Any]:
-        found = scores(theta, tests)
+    def row(theta: Theta) -> tuple[dict[str, Any], list[float]]:
+        accuracies, losses = score([theta] * len(tests), tests)
         return {
-            "accuracy": dict(zip(p.tasks, found, strict=True)),
-            "mean": sum(found) / len(found),
-            "normalised": normalised_accuracy(found, single),
-        }
+            "accuracy": dict(zip(p.tasks, accuracies, strict=True)),
+            "mean": sum(accuracies) / len(accuracies),
+            "normalised": normalised_accuracy(accuracies, single),
+        }, losses
 
-    def chosen(ends: Sequence[Theta], grid: Sequence[float]) -> tuple[Theta, dict[str, Any]]:
-        def score(lam: float) -> float:
+    def chosen(ends: Sequence[Theta], grid: Sequence[float]) -> tuple[dict[str, Any], list[float], float]:
+        """The row, the test losses and the mean validation accuracy at the lambda that is best on validation."""
+        on_validation = {}
+
+        def quality(lam: float) -> float:
             merged = task_arithmetic(theta_0, ends, lam)
-            return normalised_accuracy(scores(merged, validations), single_validation)
+            accuracies, _ = score([merged] * len(validations), validations)
+            on_validation[lam] = sum(accuracies) / len(accuracies)
+            return normalised_accuracy(accuracies, single_validation)
 
-        lam, curve = choose_lambda(score, grid)
-        merged = task_arithmetic(theta_0, ends, lam)
-        return merged, row(merged) | {"lam": lam, "curve": curve}
+        lam, curve = choose_lambda(quality, grid)
+        found, losses = row(task_arithmetic(theta_0, ends, lam))
+        return found | {"lam": lam, "curve": curve}, losses, on_validation[lam]
 
-    merged, arithmetic = chosen(thetas, p.lambdas)
-    on_validation["task arithmetic"] = sum(scores(merged, validations)) / len(thetas)
-    _, trimmed = chosen([ties(theta_0, thetas)], p.lambdas_ties)  # TIES at lambda = 1, then along its direction
-    before, after = losses(thetas), losses([merged] * len(thetas))
+    arithmetic, merged_loss, merged_validation = chosen(thetas, p.lambdas)
+    trimmed, _, _ = chosen([ties(theta_0, thetas)], p.lambdas_ties)  # TIES at lambda = 1, then along its direction
     vectors = [task_vector(theta, theta_0) for theta in thetas]
-    few = [tasks.subset(split, 200) for split in tests]
+    few = [tasks.subset(split, 100) for split in tests]
     return {
         "single": {
             "accuracy": dict(zip(p.tasks, single, strict=True)),
             "mean": sum(single) / len(single),
             "normalised": 1.0,
         },
-        "validation": on_validation,
-        "averaging": row(average(thetas)),
+        "averaging": row(average(thetas))[0],
         "task arithmetic": arithmetic,
         "TIES": trimmed,
-        "test_loss": dict(zip(p.tasks, before, strict=True)),
-        "gap": {name: b - a for name, a, b in zip(p.tasks, before, after, strict=True)},
+        "validation": {"single": sum(single_validation) / len(thetas), "task arithmetic": merged_validation},
+        "test_loss": dict(zip(p.tasks, single_loss, strict=True)),
+        "gap": {name: b - a for name, a, b in zip(p.tasks, single_loss, merged_loss, strict=True)},
         "tau_norm": {
             name: torch.cat([w.flatten() for w in tau.values()]).norm().item()
             for name, tau in zip(p.tasks, vectors, strict=True)
@@ -243,34 +243,39 @@ def gains(results: dict[str, list[dict[str, Any]]], base: str, value: str = "mea
     return pd.DataFrame(rows, columns=["arm", "model", "gain", "low", "high", "n"]).set_index(["arm", "model"])
 
 
-def published(run: Run, steps: int | None = None) -> dict[str, list[dict[str, Any]]]:
-    """The book's own results, seeds in the same order for every arm.
+def published_lengths(run: Run) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """The book's own results by training length.
 
     Args:
         run: where the published file is.
-        steps: training length, in AdamW's steps; None for the length that the book reports: the one with the
-            most seeds, of several the longest.
 
     Returns:
-        arm -> one result of `measure` a seed, for the seeds that all of ARMS have; empty if there are none.
-        Each result also holds its `arm`, `seed` and `steps`.
+        AdamW's steps -> arm -> one result of `measure` a seed, with its `arm`, `seed` and `steps`, for the seeds
+        that all of ARMS have; shorter lengths first.
+    """
+    runs = (run.published_values() or {}).get("runs", [])
+    lengths = {}
+    for steps in sorted({r["steps"] for r in runs}):
+        by_arm = {arm: {r["seed"]: r for r in runs if (r["arm"], r["steps"]) == (arm, steps)} for arm in ARMS}
+        complete = sorted(set.intersection(*(set(found) for found in by_arm.values())))
+        if complete:
+            lengths[steps] = {arm: [found[seed] for seed in complete] for arm, found in by_arm.items()}
+    return lengths
+
+
+def published(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """The results that the book reports: of the length with the most seeds; of several, the longest.
+
+    Args:
+        run: where the published file is.
+
+    Returns:
+        arm -> one result a seed, as in `published_lengths`; empty if nothing is published.
 
     Taught in: 05_merging.
     """
-    runs = (run.published_values() or {}).get("runs", [])
-    by_length: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    for length in sorted({r["steps"] for r in runs}):
-        here = [r for r in runs if r["steps"] == length]
-        seeds = [{r["seed"] for r in here if r["arm"] == arm} for arm in ARMS]
-        complete = sorted(set.intersection(*seeds))
-        if complete:
-            by_length[length] = {
-                arm: sorted((r for r in here if r["arm"] == arm and r["seed"] in complete), key=lambda r: r["seed"])
-                for arm in ARMS
-            }
-    if steps is None and by_length:
-        steps = max(by_length, key=lambda length: (len(by_length[length]["AdamW"]), length))
-    return by_length.get(steps or 0, {})
+    lengths = published_lengths(run)
+    return lengths[max(lengths, key=lambda steps: (len(lengths[steps]["AdamW"]), steps))] if lengths else {}
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ class Preset:
     note: str
 
 
-_LAMBDAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
+_LAMBDAS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
 
 
 def _grid(low: float, high: float, n: int) -> tuple[float, ...]:

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from samlib import experiment, report
+from samlib.experiment import ARMS, ROWS
+from samlib.run import Run, begin
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run over the two stand-in tasks, with published values of its own."""
+    monkeypatch.setenv("SAMLIB_CACHE", str(tmp_path / "cache"))
+    started = begin("demo", preset="smoke", tasks=["warm", "cool"], seed=3, device="cpu")
+    return dataclasses.replace(started, published=tmp_path / "published")
+
+
+def result(mean: float) -> dict[str, Any]:
+    return {row: {"mean": mean + i / 10, "normalised": mean + i / 10} for i, row in enumerate(ROWS)}
+
+
+def test_arms_differ_in_what_they_say_and_in_nothing_else(run: Run) -> None:
+    plain, twice, sam, asam = (experiment.recipes(run, arm, 5) for arm in ARMS)
+    p = run.preset
+    assert [r.task for r in plain] == ["warm", "cool"]
+    for a, b, c, d in zip(plain, twice, sam, asam, strict=True):
+        assert b == dataclasses.replace(a, steps=2 * p.steps)
+        assert c == dataclasses.replace(a, optimizer="sam", rho=p.rho_sam)
+        assert d == dataclasses.replace(a, optimizer="asam", rho=p.rho_asam)
+        assert (a.steps, a.seed, a.optimizer, a.rho) == (p.steps, 5, "adamw", 0)
+    assert experiment.recipes(run, "SAM", 5, length=2.0)[0].steps == 2 * p.steps
+    with pytest.raises(ValueError, match="arm must be one of AdamW.*not 'Adam'"):
+        experiment.recipes(run, "Adam", 5)
+
+
+def test_measure_agrees_with_its_parts_and_is_kept(run: Run, tiny: Any) -> None:
+    found = experiment.measure(run, tiny, "AdamW", 0)
+    assert set(ROWS) <= set(found) and found["single"]["normalised"] == 1
+    for row in ROWS:
+        accuracies = found[row]["accuracy"]
+        assert list(accuracies) == ["warm", "cool"] and found[row]["mean"] == sum(accuracies.values()) / 2
+        ratios = [accuracies[t] / found["single"]["accuracy"][t] for t in accuracies]
+        assert found[row]["normalised"] == pytest.approx(sum(ratios) / 2)
+    merged = found["task arithmetic"]
+    assert merged["curve"][run.preset.lambdas.index(merged["lam"])] == max(merged["curve"])
+    assert list(found["xi"]) == ["warm, cool"] and 0 <= found["xi"]["warm, cool"] <= 2
+    files = sorted((run.cache / "finetune").iterdir())
+    assert len(files) == 2
+    assert experiment.measure(run, tiny, "AdamW", 0) == found
+    assert sorted((run.cache / "finetune").iterdir()) == files
+    assert experiment.measure_many(run, tiny, [("AdamW", 0, 1.0)]) == [found]
+
+
+def test_table_and_gains_are_student_intervals() -> None:
+    results = {"AdamW": [result(0.1), result(0.2), result(0.6)], "SAM": [result(0.2), result(0.4), result(0.6)]}
+    row = experiment.table(results).loc[("AdamW", "averaging")]
+    assert row["mean"] == pytest.approx(0.4) and row["n"] == 3
+    low, high = stats.t.interval(0.95, 2, loc=0.4, scale=stats.sem([0.2, 0.3, 0.7]))
+    assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
+    gain = experiment.gains(results, "AdamW").loc[("SAM", "TIES")]
+    low, high = stats.t.interval(0.95, 2, loc=0.1, scale=stats.sem([0.1, 0.2, 0.0]))
+    assert (gain["gain"], gain["low"], gain["high"]) == (pytest.approx(0.1), pytest.approx(low), pytest.approx(high))
+
+
+def test_published_takes_complete_seeds_of_the_fullest_then_longest_length(run: Run) -> None:
+    assert experiment.published(run) == {} == experiment.published_lengths(run)
+    done = {
+        (10, arm, seed) for arm in ARMS for seed in (0, 1) if (arm, seed) != ("ASAM", 1)  # seed 1 is not complete
+    } | {(steps, arm, 7) for arm in ARMS for steps in (40, 160)}
+    runs = [{"steps": s, "arm": a, "seed": k, "mark": f"{s} {a} {k}"} for s, a, k in sorted(done, reverse=True)]
+    dataclasses.replace(run, notebook="experiment", preset=dataclasses.replace(run.preset, name="published")).publish(
+        {"zero-shot": {}, "runs": runs}
+    )
+    lengths = experiment.published_lengths(run)
+    assert list(lengths) == [10, 40, 160]
+    assert [r["mark"] for r in lengths[10]["SAM"]] == ["10 SAM 0"]
+    assert {arm: [r["mark"] for r in found] for arm, found in experiment.published(run).items()} == {
+        arm: [f"160 {arm} 7"] for arm in ARMS
+    }
+
+
+def test_verdict_follows_the_paired_interval() -> None:
+    base = [0.5, 0.6, 0.9]
+    assert report.verdict([0.6, 0.71, 1.0], base) == "higher than"
+    assert report.verdict([0.4, 0.49, 0.8], base) == "lower than"
+    assert report.verdict([0.6, 0.5, 0.9], base) == "not distinguishable from"
+    assert report.verdict([0.6], [0.5]) == "not comparable (one seed) with"
+
+
+def test_compare_puts_one_run_beside_the_published_seeds() -> None:
+    frame = report.compare({"a": 1.0, "b": 2.0}, {"a": [0.0, 1.0, 2.0]})
+    assert frame.loc["a", "published"] == 1 and frame.loc["a", "low"] < 0 and frame.loc["a", "seeds"] == 3
+    assert frame.loc["b", "yours"] == 2 and frame.loc["b"].isna().sum() == 3 and frame.loc["b", "seeds"] == 0
