@@ -29,7 +29,8 @@ class Preset:
         lambdas: grid of task arithmetic's coefficient.
         lambdas_ties: grid of TIES' coefficient, which multiplies a mean and not a sum of task vectors.
         xi_grid: values of a_1 and of a_2 in the disentanglement map.
-        rho_sam, rho_asam: radii.
+        rho_sam, rho_asam: radii; those of the testbed were chosen on validation data by benchmarks/choose_rho.py,
+            those of `paper` are the paper's.
         lr: peak learning rate.
         precision: of fine-tuning: "fp32", "bf16" (autocast over fp32 weights), or "auto": bf16 where the
             device computes it natively.
@@ -78,8 +79,8 @@ PRESETS: dict[str, Preset] = {
             lambdas=_grid(0, 1, 5),
             lambdas_ties=_grid(0, 2, 3),
             xi_grid=_grid(-2, 2, 3),
-            rho_sam=0.05,
-            rho_asam=0.5,
+            rho_sam=0.01,
+            rho_asam=0.1,
             lr=3e-4,
             precision="fp32",
             jobs=1,
@@ -97,8 +98,8 @@ PRESETS: dict[str, Preset] = {
             lambdas=_LAMBDAS,
             lambdas_ties=_LAMBDAS,
             xi_grid=_grid(-2, 2, 9),
-            rho_sam=0.05,
-            rho_asam=0.5,
+            rho_sam=0.01,
+            rho_asam=0.1,
             lr=5e-4,
             precision="auto",
             jobs=None,
@@ -116,8 +117,8 @@ PRESETS: dict[str, Preset] = {
             lambdas=_LAMBDAS,
             lambdas_ties=_LAMBDAS,
             xi_grid=_grid(-2, 2, 15),
-            rho_sam=0.05,
-            rho_asam=0.5,
+            rho_sam=0.01,
+            rho_asam=0.1,
             lr=5e-4,
             precision="bf16",
             jobs=None,
