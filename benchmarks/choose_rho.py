@@ -28,10 +28,11 @@ def main() -> None:
     run = begin("rho", preset="published")
     clip = clip_module.load(run.device)
     points = [(arm, rho) for arm, radii in GRIDS.items() for rho in radii]
-    runs = [
-        dataclasses.replace(run, preset=dataclasses.replace(run.preset, **{f"rho_{arm.lower()}": rho}))
+    presets = [
+        dataclasses.replace(run.preset, rho_sam=rho) if arm == "SAM" else dataclasses.replace(run.preset, rho_asam=rho)
         for arm, rho in points
     ]
+    runs = [dataclasses.replace(run, preset=preset) for preset in presets]
     jobs = joblib.cpu_count() if run.device == "cpu" else 1
     calls = (
         joblib.delayed(measure)(one, clip, arm, a.seed, a.length) for one, (arm, _) in zip(runs, points, strict=True)

@@ -7,6 +7,7 @@ lies, and the training loss at three training lengths, for AdamW and one seed.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 from samlib import clip as clip_module
 from samlib import tasks
@@ -18,58 +19,61 @@ CARD = clip_module.FOLDER / "README.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
-def report(preset: str) -> str:
+def report(preset: str, lengths: list[float] | None) -> str:
     """Measure and write the card's tables in Markdown."""
     run = begin("testbed", preset=preset)
     p = run.preset
     clip = clip_module.load(run.device)
     zero = zero_shot(run, clip)
-    lengths = sorted({1.0, *p.lengths})
+    lengths = sorted(lengths or p.lengths)
     by_length = dict(zip(lengths, measure_many(run, clip, [("AdamW", 0, x) for x in lengths]), strict=True))
-    found = by_length[1.0]
-    seconds = {d.recipe.task: d.seconds for d in finetune_many(recipes(run, "AdamW", 0), clip, run.device, run.cache)}
+    main_length = max((x for x in lengths if x <= 1), default=lengths[0])
+    found, todo = by_length[main_length], recipes(run, "AdamW", 0, main_length)
+    seconds = {d.recipe.task: d.seconds for d in finetune_many(todo, clip, run.device, run.cache)}
     arithmetic = found["task arithmetic"]
-    lines = ["| task | classes | chance | zero-shot | fine-tuned | seconds | training loss | averaged | merged |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+
+    rows = []
     for name in p.tasks:
         classes = len(tasks.load(name).classes)
-        lines.append(
-            f"| {name} | {classes} | {1 / classes:.3f} | {zero[name]:.3f} | {found['single']['accuracy'][name]:.3f} "
-            f"| {seconds[name]:.0f} | {found['train_loss'][name]:.4f} "
-            f"| {found['averaging']['accuracy'][name]:.3f} | {arithmetic['accuracy'][name]:.3f} |"
-        )
-    mean = {name: sum(values) / len(values) for name, values in (("zero", list(zero.values())),)}
-    chance = sum(1 / len(tasks.load(name).classes) for name in p.tasks) / len(p.tasks)
-    lines.append(
-        f"| **mean** | | {chance:.3f} | {mean['zero']:.3f} | {found['single']['mean']:.3f} | | "
-        f"| {found['averaging']['mean']:.3f} | {arithmetic['mean']:.3f} |"
-    )
+        accuracies = [zero[name], *(found[row]["accuracy"][name] for row in ("single", "averaging", "task arithmetic"))]
+        rows.append([classes, 1 / classes, *accuracies, found["train_loss"][name], seconds[name]])
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    head = ("task", "classes", "chance", "zero-shot", "fine-tuned", "averaged", "task arithmetic", "training loss", "s")
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, row in zip((*p.tasks, "**mean**"), (*rows, ["", *means[1:]]), strict=True):
+        lines.append(_row([name, row[0], *(f"{value:.3f}" for value in row[1:-1]), f"{row[-1]:.0f}"]))
+    curve = (f"{lam:g}: {value:.3f}" for lam, value in zip(p.lambdas, arithmetic["curve"], strict=True))
     lines += [
         "",
-        f"Preset `{p.name}`, seed 0, {p.steps} steps of {p.batch_size}, {p.precision}. Normalised accuracy: averaging "
+        f"Test accuracy; preset `{p.name}`, AdamW, seed 0, {todo[0].steps} steps of {p.batch_size} images, "
+        f"{p.precision}; s: seconds of one thread with another run beside it. Normalised accuracy: averaging "
         f"{found['averaging']['normalised']:.3f}, task arithmetic {arithmetic['normalised']:.3f} at lambda "
-        f"{arithmetic['lam']:g}, TIES {found['TIES']['normalised']:.3f} at lambda {found['TIES']['lam']:g} "
-        "(lambda chosen on validation).",
+        f"{arithmetic['lam']:g}, TIES {found['TIES']['normalised']:.3f} at lambda {found['TIES']['lam']:g} (lambda "
+        f"chosen on validation data). Normalised validation accuracy of task arithmetic by lambda: {', '.join(curve)}.",
         "",
-        "| training length | mean training loss | single | averaged | task arithmetic | lambda |",
-        "|---|---|---|---|---|---|",
+        _row(("steps", "mean training loss", "fine-tuned", "averaged", "task arithmetic", "lambda")),
+        _row(["---"] * 6),
     ]
-    for x, row in by_length.items():
-        loss = sum(row["train_loss"].values()) / len(row["train_loss"])
-        lines.append(
-            f"| {x:g} x {p.steps} steps | {loss:.4f} | {row['single']['mean']:.3f} | {row['averaging']['mean']:.3f} "
-            f"| {row['task arithmetic']['mean']:.3f} | {row['task arithmetic']['lam']:g} |"
-        )
+    for length, result in by_length.items():
+        loss = sum(result["train_loss"].values()) / len(result["train_loss"])
+        accuracies = [result[row]["mean"] for row in ("single", "averaging", "task arithmetic")]
+        numbers = [f"{loss:.4f}", *(f"{value:.3f}" for value in accuracies), f"{result['task arithmetic']['lam']:g}"]
+        lines.append(_row([recipes(run, "AdamW", 0, length)[0].steps, *numbers]))
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     """Print the tables, or put them into the model card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="published")
+    parser.add_argument("--lengths", type=float, nargs="+", help="multiples of the preset's steps")
     parser.add_argument("--write", action="store_true", help="replace the measured part of the model card")
     a = parser.parse_args()
-    text = report(a.preset)
+    text = report(a.preset, a.lengths)
     print(text)
     if a.write:
         card = CARD.read_text(encoding="utf-8")

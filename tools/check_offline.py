@@ -1,6 +1,6 @@
 """Check that rendered pages need no network: every script, style, image and font is a local file that exists.
 
-    python -m tools.check_offline build/laptop/html
+python -m tools.check_offline build/laptop/html
 """
 
 from __future__ import annotations

@@ -29,9 +29,7 @@ def _encode_grey(array: Pixels, levels: int) -> bytes:
     height, width = values.shape
     bits = np.unpackbits(values[..., None], axis=2)[..., 8 - depth :].reshape(height, width * depth)
     rows = np.packbits(bits, axis=1)
-    filtered = np.concatenate(
-        [np.zeros((height, 1), np.uint8), rows], axis=1
-    )  # filter type 0 before each row
+    filtered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)  # filter type 0 before each row
     header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
     body = zlib.compress(filtered.tobytes(), 9)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
@@ -60,9 +58,7 @@ def decode_png(data: bytes) -> Pixels:
     return np.asarray(pillow.open(io.BytesIO(data)).convert("RGB"))
 
 
-def write_split(
-    folder: Path, split: str, rows: Sequence[Mapping[str, Any]], classes: Sequence[str] | None
-) -> Path:
+def write_split(folder: Path, split: str, rows: Sequence[Mapping[str, Any]], classes: Sequence[str] | None) -> Path:
     """Write rows as `<split>-00000-of-00001.parquet`, in the layout of the datasets library.
 
     Args:
@@ -102,9 +98,7 @@ def near_duplicates(
         second: (M, 256) thumbnails.
         threshold: in grey values, [0, 255].
     """
-    return np.array(
-        [bool((np.abs(second - row).mean(axis=1) < threshold).any()) for row in first], dtype=bool
-    )
+    return np.array([bool((np.abs(second - row).mean(axis=1) < threshold).any()) for row in first], dtype=bool)
 
 
 def _homography(corners: NDArray[np.float64], size: int) -> list[float]:

@@ -204,11 +204,7 @@ def main(sources: Path, out: Path) -> None:
         names = drawings(icons, emoji, older)
         for entry in emoji:
             drawing = names.get(entry.hexcode)
-            if (
-                drawing is None
-                or entry.identity not in assigned
-                or (icons.prefix, entry.identity) in rendered
-            ):
+            if drawing is None or entry.identity not in assigned or (icons.prefix, entry.identity) in rendered:
                 continue
             pixels, white = picture(icons, drawing, rng), clean(icons, drawing)
             if pixels is not None and white is not None:
@@ -216,9 +212,7 @@ def main(sources: Path, out: Path) -> None:
                 name, split = assigned[entry.identity]
                 image = encode_png(pixels, colours=64)
                 shown[split] += [decode_png(image), white]
-                rows[split].append(
-                    {"image": image, "label": list(CLASSES).index(name), "group": entry.identity}
-                )
+                rows[split].append({"image": image, "label": list(CLASSES).index(name), "group": entry.identity})
     small = {split: thumbnails(images) for split, images in shown.items()}
     for split, held in (
         ("train", np.concatenate([small["validation"], small["test"]])),
@@ -226,9 +220,7 @@ def main(sources: Path, out: Path) -> None:
     ):
         repeated = near_duplicates(small[split], held).reshape(-1, 2).max(axis=1)
         rows[split] = [row for row, drop in zip(rows[split], repeated, strict=True) if not drop]
-        print(
-            f"emoji: dropped {int(repeated.sum())} {split} images that are near duplicates of held-out ones"
-        )
+        print(f"emoji: dropped {int(repeated.sum())} {split} images that are near duplicates of held-out ones")
     for split in ("train", "validation", "test"):
         path = write_split(out / "emoji", split, rows[split], list(CLASSES))
         print(f"emoji {split}: {len(rows[split])} images, {path.stat().st_size} bytes")

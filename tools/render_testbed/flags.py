@@ -78,16 +78,12 @@ def main(sources: Path, out: Path) -> None:
                 image = render(icons.svg(drawing(icons, country)), 8 * SIZE)
                 flat = fit(image, SIZE, SIZE, (128, 128, 128))
                 if flat is None:
-                    raise ValueError(
-                        f"The flag of {country} in {prefix} is empty, but every flag must have ink."
-                    )
+                    raise ValueError(f"The flag of {country} in {prefix} is empty, but every flag must have ink.")
                 plain.append(np.asarray(flat))
                 for _ in range(CAPTURES[split]):
                     pixels = photograph(image, rng)
                     captured.append(pixels)
-                    rows[split].append(
-                        {"image": encode_png(pixels, colours=64), "label": label, "group": prefix}
-                    )
+                    rows[split].append({"image": encode_png(pixels, colours=64), "label": label, "group": prefix})
         small[split], clean[split] = thumbnails(captured), thumbnails(plain)
     held = np.concatenate([small["validation"], small["test"]])
     repeated = near_duplicates(small["train"], held)

@@ -54,9 +54,7 @@ MARKS = {
     "jam": "f",
 }  # one-letter styles
 SIZES = {"10", "12", "14", "15", "16", "18", "20", "24", "26", "28", "32", "36", "40", "48", "96"}
-DIGITS = {
-    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine".split())
-}
+DIGITS = {word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine".split())}
 CUES = {"number", "numbers", "numeric", "digit", "counter", "looks"}
 WRAPPERS = {"circle", "square", "hexagon", "box", "pentagon", "octagon", "rhombus", "diamond", "triangle"}
 NUMBERED = {"dice", "heading", "medal", "step"}  # words whose final digit is drawn
@@ -160,8 +158,7 @@ def icon_rows(sets: dict[str, IconSet], room: int) -> Iterator[dict[str, Any]]:
         if len(kept) < FEWEST_DRAWINGS:
             continue
         rows = [
-            {"image": encode_png(found[i][1], levels=LEVELS), "caption": caption, "group": found[i][0]}
-            for i in kept
+            {"image": encode_png(found[i][1], levels=LEVELS), "caption": caption, "group": found[i][0]} for i in kept
         ]
         room -= sum(len(row["image"]) + BYTES_PER_ROW for row in rows)
         if room < 0:

@@ -82,9 +82,7 @@ def write_task(
         rows, chosen, passed = choose(candidates[split], per_class[split], encode, avoid)
         groups = {str(row["group"]) for row in rows}
         if groups & used:
-            raise ValueError(
-                f"groups {sorted(groups & used)[:5]} are in two splits; every group belongs to one"
-            )
+            raise ValueError(f"groups {sorted(groups & used)[:5]} are in two splits; every group belongs to one")
         avoid = np.concatenate([avoid, chosen])
         used |= groups
         order = np.random.default_rng(0).permutation(len(rows))

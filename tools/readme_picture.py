@@ -1,0 +1,34 @@
+"""Draw the README's picture from the published values: `python -m tools.readme_picture`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from samlib import plot
+from samlib.experiment import ARMS, published, table
+from samlib.run import begin
+
+PICTURE = Path(__file__).parents[1] / "book" / "images" / "summary.png"
+
+
+def main() -> None:
+    """Mean test accuracy of single and merged models by arm, with intervals over seeds."""
+    run = begin("experiment", preset="published", device="cpu")
+    results = published(run)
+    if not results:
+        raise SystemExit("nothing is published yet: run python -m samlib.experiment first")
+    zero_shot = run.published_values()["zero-shot"]
+    steps, seeds = results[ARMS[0]][0]["steps"], len(results[ARMS[0]])
+    plot.style()
+    figure, ax = plt.subplots(figsize=(8, 3.6))
+    plot.bars(100 * table(results)[["mean", "low", "high"]], ax)
+    ax.axhline(100 * sum(zero_shot.values()) / len(zero_shot), color="0.5", ls=":")
+    ax.annotate("before fine-tuning", (3.4, 100 * sum(zero_shot.values()) / len(zero_shot)), va="bottom", ha="right")
+    ax.set(ylabel="test accuracy, %", title=f"{len(zero_shot)} tasks, {seeds} seeds, {steps:,} steps; 95 % intervals")
+    figure.savefig(PICTURE, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
