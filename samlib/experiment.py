@@ -302,4 +302,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from samlib import experiment
+
+    experiment.main()  # by its own name, under which worker processes can import what they run

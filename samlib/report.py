@@ -18,6 +18,7 @@ def glue(name: str, value: float | str) -> None:
         name: unique in the book.
         value: a number or a word.
     """
+    value = value if isinstance(value, (str, int)) else float(value)  # numpy's own floats cannot be formatted there
     if importlib.util.find_spec("myst_nb") is not None:
         from myst_nb import glue as hand_over
 
