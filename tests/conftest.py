@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from samlib import clip as clip_module
-
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("samlib", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("samlib")
@@ -94,8 +92,3 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAMLIB_DATA", str(folder))
         yield folder
-
-
-needs_weights = pytest.mark.skipif(
-    not clip_module.WEIGHTS.exists(), reason="samlib/testbed/model/model.safetensors is not there yet"
-)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -153,7 +152,6 @@ def test_every_parameter_of_the_embedded_architecture_trains(tmp_path: Path) -> 
     assert not [name for name, w in clip.theta(encoder).items() if torch.equal(w, done.theta[name])]
 
 
-@needs_weights
 def test_fine_tuning_the_embedded_model_beats_its_zero_shot_accuracy(tmp_path: Path) -> None:
     real = clip.load()
     task = tasks.load("digits")
