@@ -49,7 +49,7 @@ class TestNotebook:
         assert first.cell_type == "markdown" and first.source.startswith("# ")
         text = text_of(path, "markdown")
         assert re.findall(r"^# ", text, re.M) == ["# "], "one title, sections below it"
-        colab = REPOSITORY.replace("https://", "https://colab.research.google.com/")
+        colab = REPOSITORY.replace("https://github.com/", "https://colab.research.google.com/github/")
         assert f"{colab}/blob/main/notebooks/{path.name}" in text
         assert re.search(r"^## Learning goals$", text, re.M)
 
