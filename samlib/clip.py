@@ -17,7 +17,7 @@ import timm
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from timm.layers import GroupNorm1, HybridEmbed
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ WEIGHTS = FOLDER / "model.safetensors"
 ROWS = "token_rows"  # (V,) the ids of the tokens that pre-training touched, beside their embeddings
 
 Theta = dict[str, Tensor]
+
+default_cfgs = generate_default_cfgs({"vit_convstem_32": {"input_size": (3, 32, 32)}})  # timm looks for this name
 
 
 @timm.models.register_model

@@ -32,8 +32,8 @@ class Preset:
         rho_sam, rho_asam: radii; those of the testbed were chosen on validation data by benchmarks/choose_rho.py,
             those of `paper` are the paper's.
         lr: peak learning rate.
-        precision: of fine-tuning: "fp32", "bf16" (autocast over fp32 weights), or "auto": bf16 where the
-            device computes it natively.
+        precision: of fine-tuning: "fp32", "bf16" (autocast over fp32 weights, which rounds small SAM steps
+            away, see benchmarks/bf16_perturbation.py), or "auto": bf16 where the device computes it natively.
         jobs: processes on the CPU, None for one a core.
         note: what the preset costs.
     """
@@ -101,7 +101,7 @@ PRESETS: dict[str, Preset] = {
             rho_sam=0.01,
             rho_asam=0.1,
             lr=5e-4,
-            precision="auto",
+            precision="fp32",
             jobs=None,
             note="about a quarter of an hour on two cores; one seed, training cut short",
         ),
@@ -120,7 +120,7 @@ PRESETS: dict[str, Preset] = {
             rho_sam=0.01,
             rho_asam=0.1,
             lr=5e-4,
-            precision="bf16",
+            precision="fp32",
             jobs=None,
             note="hours on two cores, resumable; five seeds, the numbers in the book",
         ),

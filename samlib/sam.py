@@ -21,7 +21,8 @@ class SAM:
     With rho = 0 there is no second pass and the step is the base optimiser's, bit for bit.
 
     Args:
-        base: optimiser over float32 or float64 parameters (for mixed precision, use autocast).
+        base: optimiser over float32 or float64 parameters. Autocast to bf16 keeps them so, but rounds w + eps in
+            the forward pass: a small rho needs full precision.
         rho: radius of the ball, in the weights' L2 norm (SAM) or relative norm (ASAM), >= 0.
         adaptive: True for ASAM, which scales every parameter by |w| + eta.
         eta: floor of that scale, >= 0 (0.01 in Kwon et al., 0 in the merging paper).
