@@ -16,7 +16,7 @@ from samlib import clip as clip_module
 from samlib.experiment import measure
 from samlib.run import begin
 
-GRIDS = {"SAM": (0.01, 0.02, 0.05, 0.1, 0.2), "ASAM": (0.1, 0.2, 0.5, 1.0)}
+GRIDS = {"SAM": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2), "ASAM": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)}
 
 
 def main() -> None:
