@@ -26,7 +26,8 @@ def main() -> None:
     plot.bars(100 * table(results)[["mean", "low", "high"]], ax)
     ax.axhline(100 * sum(zero_shot.values()) / len(zero_shot), color="0.5", ls=":")
     ax.annotate("before fine-tuning", (3.4, 100 * sum(zero_shot.values()) / len(zero_shot)), va="bottom", ha="right")
-    ax.set(ylabel="test accuracy, %", title=f"{len(zero_shot)} tasks, {seeds} seeds, {steps:,} steps; 95 % intervals")
+    spread = f"{seeds} seeds, 95 % intervals" if seeds > 1 else "one seed"
+    ax.set(ylabel="test accuracy, %", title=f"{len(zero_shot)} tasks, {steps:,} steps, {spread}")
     figure.savefig(PICTURE, dpi=130)
 
 
