@@ -83,13 +83,21 @@ def code(*names: str) -> dict[str, str]:
     Returns:
         Module name -> source.
     """
-    return {name: _without_prose(Path(__file__).with_name(f"{name}.py").read_text("utf-8")) for name in names}
+    return {name: without_prose(Path(__file__).with_name(f"{name}.py").read_text("utf-8")) for name in names}
 
 
-def _without_prose(source: str) -> str:
+def without_prose(source: str) -> str:
+    """Python source without comments, layout and docstrings.
+
+    Args:
+        source: of a module.
+
+    Raises:
+        SyntaxError: it is no Python.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if ast.get_docstring(node, clean=False) is not None:
-                node.body[0] = ast.Pass()
+                node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)

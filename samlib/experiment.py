@@ -250,8 +250,8 @@ def published_lengths(run: Run) -> dict[int, dict[str, list[dict[str, Any]]]]:
         run: where the published file is.
 
     Returns:
-        AdamW's steps -> arm -> one result of `measure` a seed, with its `arm`, `seed` and `steps`, for the seeds
-        that all of ARMS have; shorter lengths first.
+        AdamW's steps -> arm -> one result of `measure` a seed, with its `arm`, `seed`, `steps` and `recipes`, for
+        the seeds that all of ARMS have; shorter lengths first.
     """
     runs = (run.published_values() or {}).get("runs", [])
     lengths = {}
@@ -279,7 +279,10 @@ def published(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Measure every arm, seed after seed, and rewrite the published values after each; resumable run by run."""
+    """Measure every arm, seed after seed, and rewrite the published values after each.
+
+    Resumable: what is published with the same recipes is not measured again, what has others is replaced.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", default="published")
     parser.add_argument("--lengths", type=float, nargs="+", help="multiples of the preset's steps, in this order")
@@ -291,12 +294,14 @@ def main() -> None:
     for length in a.lengths or run.preset.lengths:
         steps = recipes(run, "AdamW", 0, length)[0].steps
         for seed in run.preset.seeds:
-            missing = [arm for arm in ARMS if (arm, seed, steps) not in runs]
+            wanted = {arm: [asdict(r) for r in recipes(run, arm, seed, length)] for arm in ARMS}
+            missing = [arm for arm in ARMS if runs.get((arm, seed, steps), {}).get("recipes") != wanted[arm]]
             if not missing:
                 continue
             found = measure_many(run, clip, [(arm, seed, length) for arm in missing])
             for arm, result in zip(missing, found, strict=True):
-                runs[arm, seed, steps] = {"arm": arm, "seed": seed, "steps": steps, **result}
+                facts = {"arm": arm, "seed": seed, "steps": steps, "recipes": wanted[arm]}
+                runs[arm, seed, steps] = facts | result
             run.publish({"zero-shot": zero_shot(run, clip), "runs": list(runs.values())})
             print(f"{steps} steps, seed {seed}: written to {run.published_file}", flush=True)
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from samlib import cache
 from tools import build_book, check_offline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,8 +163,8 @@ def test_wrong_parameters_are_reported_all_at_once():
 def test_docstrings_comments_and_layout_do_not_count_as_code():
     code = 'def f(x):\n    """Twice x."""\n    return 2 * x\n'
     text = '"""A module."""\n# comment\ndef f(x):\n    """Two times x."""\n    return 2*x\n'
-    assert build_book.code_digest(code) == build_book.code_digest(text)
-    assert build_book.code_digest(code) != build_book.code_digest(code.replace("2", "3"))
+    assert cache.without_prose(code) == cache.without_prose(text)
+    assert cache.without_prose(code) != cache.without_prose(code.replace("2", "3"))
 
 
 def test_run_key_depends_on_code_and_parameters_but_not_on_text():
@@ -195,7 +196,7 @@ def test_shared_digest_sees_library_data_and_published_values(tmp_path):
 def test_state_is_read_back(tmp_path):
     path = tmp_path / "state.json"
     assert build_book.read_state(path) == {}
-    build_book.write_state(path, {"a": {"key": "k", "seconds": 1.5}})
+    cache.write_json(path, {"a": {"key": "k", "seconds": 1.5}})
     assert build_book.read_state(path) == {"a": {"key": "k", "seconds": 1.5}}
     assert list(tmp_path.iterdir()) == [path]
 

@@ -87,6 +87,32 @@ def test_published_takes_complete_seeds_of_the_fullest_then_longest_length(run: 
     }
 
 
+def test_publishing_goes_on_where_it_stopped_and_replaces_other_recipes(
+    run: Run, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int, float]] = []
+
+    def measured(run: Run, clip: Any, wanted: list[tuple[str, int, float]]) -> list[dict[str, Any]]:
+        asked.extend(wanted)
+        return [{"rho": run.preset.rho_sam} for _ in wanted]
+
+    monkeypatch.setattr(experiment, "measure_many", measured)
+    monkeypatch.setattr(experiment, "zero_shot", lambda run, clip: {})
+    monkeypatch.setattr(experiment.clip_module, "load", lambda device: tiny)
+    monkeypatch.setattr("sys.argv", ["experiment", "--preset", "smoke", "--lengths", "1"])
+    here = dataclasses.replace(run, notebook="experiment")
+    monkeypatch.setattr(experiment, "begin", lambda notebook, preset: here)
+    experiment.main()
+    assert asked == [(arm, 3, 1.0) for arm in ARMS]
+    experiment.main()
+    assert len(asked) == len(ARMS)  # all of it was there
+    here = dataclasses.replace(here, preset=dataclasses.replace(here.preset, rho_sam=0.5))
+    experiment.main()
+    assert asked[len(ARMS) :] == [("SAM", 3, 1.0)]  # the one arm whose recipes changed
+    runs = here.published_values("experiment.smoke")["runs"]
+    assert len(runs) == len(ARMS) and {r["arm"]: r["rho"] for r in runs}["SAM"] == 0.5
+
+
 def test_verdict_follows_the_paired_interval() -> None:
     base = [0.5, 0.6, 0.9]
     assert report.verdict([0.6, 0.71, 1.0], base) == "higher than"

@@ -225,8 +225,8 @@ def test_each_cause_of_the_weights_has_an_entry(tiny: Any, tmp_path: Path, train
 def test_the_key_follows_code_but_not_prose() -> None:
     source = 'def f(x):\n    """Doc."""\n    return x  # comment\n'
     prose = 'def f(x):\n    """Another text."""\n\n    # more\n    return x\n'
-    assert cache._without_prose(source) == cache._without_prose(prose)
-    assert cache._without_prose(source) != cache._without_prose(source.replace("return x", "return -x"))
+    assert cache.without_prose(source) == cache.without_prose(prose)
+    assert cache.without_prose(source) != cache.without_prose(source.replace("return x", "return -x"))
 
 
 @pytest.mark.parametrize("name", ["theta.safetensors", "log.parquet", "recipe.json"])

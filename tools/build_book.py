@@ -32,6 +32,7 @@ from typing import Any
 import nbformat
 import yaml
 
+from samlib.cache import read_json, without_prose, write_json
 from tools.check_offline import problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,21 +168,11 @@ def assign_parameters(
 # What a run depends on
 
 
-def code_digest(source: str) -> str:
-    """A hash of Python source that comments, layout and docstrings do not change."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-
 def shared_digest(root: Path) -> str:
     """A hash of what every notebook depends on: samlib, the testbed, the published values, torch."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {importlib.metadata.version('torch')}".encode())
     for path in sorted((root / "samlib").glob("*.py")):
-        digest.update(f"{path.name} {code_digest(path.read_text(encoding='utf-8'))}".encode())
+        digest.update(f"{path.name} {without_prose(path.read_text(encoding='utf-8'))}".encode())
     data = [p for p in sorted((root / "samlib" / "testbed").rglob("*")) if p.suffix != ".md" and p.is_file()]
     for path in data + sorted((root / "book" / "published").glob("*.json")):
         digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
@@ -195,14 +186,8 @@ def run_key(notebook: Notebook, chosen: Mapping[str, Any], shared: str) -> str:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Replace the state in one step, so that a build that is stopped leaves the old or the new one."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    """What the last build left, or nothing."""
+    return read_json(path) if path.is_file() else {}
 
 
 # Running
@@ -428,7 +413,7 @@ def build(root: Path, preset: str, given: Sequence[str], timeout: int) -> Path:
         source = root / "notebooks" / f"{name}.ipynb"
         seconds = execute(source, paths.executed / f"{name}.ipynb", chosen[name], timeout, label)
         state[name] = {"key": keys[name], "seconds": round(seconds, 1)}
-        write_state(paths.state, state)
+        write_json(paths.state, state)
         so_far = clock(time.monotonic() - start)
         print(f"{label}: done in {clock(seconds)}, {so_far} since the start", flush=True)
 
