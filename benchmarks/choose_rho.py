@@ -16,14 +16,14 @@ from samlib import clip as clip_module
 from samlib.experiment import measure
 from samlib.run import begin
 
-GRIDS = {"SAM": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2), "ASAM": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)}
+GRIDS = {"SAM": (0.005, 0.01, 0.02, 0.05, 0.1), "ASAM": (0.05, 0.1, 0.2, 0.5, 1.0)}
 
 
 def main() -> None:
     """Fine-tune, merge and score every radius, side by side; resumable."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--length", type=float, default=0.2, help="multiple of the published preset's steps")
+    parser.add_argument("--length", type=float, default=0.5, help="multiple of the published preset's steps")
     a = parser.parse_args()
     run = begin("rho", preset="published")
     clip = clip_module.load(run.device)

@@ -49,7 +49,7 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random resized crop of 90 to 100 % of the area, one an image; no flips, they would change letters.
+    """Random resized crop of 90 to 100 % of the area, one an image; no flips, they would change digits.
 
     Args:
         images: uint8 (B, 3, H, W).

@@ -39,12 +39,6 @@ TASK_TABLE: dict[str, TaskInfo] = {
             for i, name in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
         },
     ),
-    "letters": TaskInfo(
-        kind="artwork under synthetic capture",
-        templates=("letter {}.", "{}.", "a drawing of letter {}."),
-        licence="OFL-1.1, Apache-2.0",
-        source="lower-case glyphs of Fontsource families",
-    ),
     "emoji": TaskInfo(
         kind="artwork",
         templates=GENERIC,
@@ -150,10 +144,10 @@ TASK_TABLE: dict[str, TaskInfo] = {
         source="characters of Freedoom before its floors",
         prompts={
             "gaunt giant with an open back": "pale brown beast",
-            "tank on insect legs": "grey machine and beast",
+            "tank on insect legs": "spider machine",
             "black horned creature": "black horned beast",
-            "silver armoured beast with orange arms": "beast with grey armour and orange hand",
-            "silver armoured beast with green arms": "beast with grey armour and green hand",
+            "silver armoured beast with orange arms": "grey and orange beast with armour",
+            "silver armoured beast with green arms": "grey and green beast with armour",
             "walking machine on three legs": "grey machine",
             "yellow slug with two boxes": "yellow beast with a box",
             "pink worm": "pink beast",
@@ -162,7 +156,7 @@ TASK_TABLE: dict[str, TaskInfo] = {
             "soldier in green armour": "green suit of armour with a gun",
             "gunman without a shirt": "bare brown with a gun",
             "soldier in black": "black suit with a gun",
-            "soldier in grey armour": "grey suit of armour with a gun",
+            "soldier in grey armour": "grey armour and gun",
             "small spider with a cannon": "small spider with a gun",
             "cage of burning heads": "head and fire in a box",
             "striped head with tentacles": "head with stripes",

@@ -28,9 +28,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_begin_gives_the_preset_with_its_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMLIB_CACHE", str(tmp_path))
-    chosen = {"tasks": ["letters", "digits"], "steps": 7, "rho_sam": None}
+    chosen = {"tasks": ["flags", "digits"], "steps": 7, "rho_sam": None}
     run = begin("demo", preset="published", seed=10, device="cpu", **chosen)
-    assert run.preset.tasks == ("letters", "digits") and run.preset.steps == 7
+    assert run.preset.tasks == ("flags", "digits") and run.preset.steps == 7
     assert run.preset.seeds == (10, 11, 12, 13, 14)
     assert run.preset.rho_sam == PRESETS["published"].rho_sam and run.preset.name == "published"
     assert (run.seed, run.device, run.cache) == (10, "cpu", tmp_path)

@@ -10,7 +10,7 @@ HEAD = """# Where the images come from
 
 Every image of the testbed was rendered or cut from the packages below by the scripts in
 `tools/render_testbed`. Images under CC-BY licences are used with the attribution given here; they were scaled
-to 32 pixels, reduced to few colours and, for flags and letters, passed through a synthetic capture.
+to 32 pixels, reduced to few colours and, for flags, passed through a synthetic capture.
 
 | what | package and version | licence | author | used for |
 |---|---|---|---|---|
