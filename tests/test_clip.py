@@ -39,6 +39,13 @@ def test_head_rows_have_the_length_of_the_inverse_temperature(testbed: Clip) -> 
     torch.testing.assert_close(head.norm(dim=1), testbed.model.logit_scale.exp().expand(10))
 
 
+@pytest.mark.parametrize("name", tasks.TESTBED)
+def test_every_class_can_be_learned_under_the_frozen_head(testbed: Clip, name: str) -> None:
+    head = clip.zero_shot_head(testbed, tasks.load(name))
+    floor = (-torch.cdist(head, head)).logsumexp(1)  # no unit feature gives a smaller cross-entropy
+    assert floor.max() < 0.1  # nats; two classes with one row would have log 2
+
+
 def test_a_word_outside_the_corpus_carries_no_meaning(testbed: Clip) -> None:
     start, word, end, *_ = testbed.tokenizer(["quark"])[0].tolist()
     rows = testbed.model.token_embedding.weight
