@@ -42,8 +42,9 @@ def main() -> None:
         grid[arm][str(rho)] = result["validation"]
         print(arm, rho, result["validation"], flush=True)
     chosen = {arm: float(max(row, key=lambda rho: row[rho]["task arithmetic"])) for arm, row in grid.items()}
-    run.publish({"grid": grid, "chosen": chosen, "seed": a.seed, "length": a.length})
-    print(chosen)
+    without = measure(run, clip, "AdamW", a.seed, a.length)["validation"]  # where both end as rho goes to 0
+    run.publish({"grid": grid, "AdamW": without, "chosen": chosen, "seed": a.seed, "length": a.length})
+    print(chosen, without)
 
 
 if __name__ == "__main__":
