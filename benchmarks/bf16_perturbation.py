@@ -23,7 +23,7 @@ def main() -> None:
     cross_entropy(encoder(task.train.images[:32]) @ head.T, task.train.labels[:32]).backward()
     w = torch.cat([p.detach().flatten() for p in encoder.parameters()])
     g = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
-    for rho in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
+    for rho in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
         eps = rho * g / g.norm()
         seen = (w + eps).bfloat16().float() - w.bfloat16().float()
         moved, cosine = (seen != 0).float().mean().item(), cosine_similarity(seen, eps, dim=0).item()
