@@ -263,11 +263,12 @@ def published_lengths(run: Run) -> dict[int, dict[str, list[dict[str, Any]]]]:
     return lengths
 
 
-def published(run: Run) -> dict[str, list[dict[str, Any]]]:
+def published(run: Run, steps: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """The results that the book reports: of the length with the most seeds; of several, the longest.
 
     Args:
         run: where the published file is.
+        steps: AdamW's steps; where a length with as many is published, its results instead.
 
     Returns:
         arm -> one result a seed, as in `published_lengths`; empty if nothing is published.
@@ -275,6 +276,8 @@ def published(run: Run) -> dict[str, list[dict[str, Any]]]:
     Taught in: 05_merging.
     """
     lengths = published_lengths(run)
+    if steps in lengths:
+        return lengths[steps]
     return lengths[max(lengths, key=lambda steps: (len(lengths[steps]["AdamW"]), steps))] if lengths else {}
 
 

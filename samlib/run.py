@@ -22,7 +22,8 @@ from samlib import cache as store
 from samlib import provenance, tasks
 from samlib.presets import PARAMETERS, PRESETS, Preset, check
 
-PUBLISHED = Path(__file__).parents[1] / "book" / "published"
+CHECKOUT = Path(__file__).parents[1] / "book" / "published"
+PUBLISHED = CHECKOUT if CHECKOUT.is_dir() else Path(__file__).parent / "published"  # an installed package has a copy
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def test_published_takes_complete_seeds_of_the_fullest_then_longest_length(run: 
     assert {arm: [r["mark"] for r in found] for arm, found in experiment.published(run).items()} == {
         arm: [f"160 {arm} 7"] for arm in ARMS
     }
+    assert experiment.published(run, steps=10) == lengths[10] and experiment.published(run, steps=11) == lengths[160]
 
 
 def test_publishing_goes_on_where_it_stopped_and_replaces_other_recipes(

@@ -2,7 +2,7 @@
 
     python -m tools.build_book --preset smoke
     python -m tools.build_book -p seed=1                      # a parameter of every notebook
-    python -m tools.build_book -p 05_merging:lam_points=21    # a parameter of one notebook
+    python -m tools.build_book -p 05_merging:seed=1    # a parameter of one notebook
 
 Everything is written below build/<preset>/ (see `Paths`). A notebook runs again only when its code, samlib's
 code, the testbed, the published values or its parameters changed; a change of text is only rendered.
