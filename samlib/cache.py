@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 
+def folder() -> Path:
+    """Where everything stored between runs lives: $SAMLIB_CACHE, by default ~/.cache/samlib."""
+    return Path(os.environ.get("SAMLIB_CACHE", Path.home() / ".cache" / "samlib"))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch name beside `path` that becomes `path` when the block ends without an error.

@@ -297,13 +297,14 @@ def main() -> None:
     for length in a.lengths or run.preset.lengths:
         steps = recipes(run, "AdamW", 0, length)[0].steps
         for seed in run.preset.seeds:
-            wanted = {arm: [asdict(r) for r in recipes(run, arm, seed, length)] for arm in ARMS}
-            missing = [arm for arm in ARMS if runs.get((arm, seed, steps), {}).get("recipes") != wanted[arm]]
+            wanted = {arm: recipes(run, arm, seed, length) for arm in ARMS}
+            known = {arm: [Recipe(**r) for r in runs.get((arm, seed, steps), {}).get("recipes", [])] for arm in ARMS}
+            missing = [arm for arm in ARMS if known[arm] != wanted[arm]]
             if not missing:
                 continue
             found = measure_many(run, clip, [(arm, seed, length) for arm in missing])
             for arm, result in zip(missing, found, strict=True):
-                facts = {"arm": arm, "seed": seed, "steps": steps, "recipes": wanted[arm]}
+                facts = {"arm": arm, "seed": seed, "steps": steps, "recipes": [asdict(r) for r in wanted[arm]]}
                 runs[arm, seed, steps] = facts | result
             run.publish({"zero-shot": zero_shot(run, clip), "runs": list(runs.values())})
             print(f"{steps} steps, seed {seed}: written to {run.published_file}", flush=True)

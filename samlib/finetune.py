@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from samlib import batches, checkpoint, sam, tasks
@@ -25,11 +30,12 @@ from samlib import cache as store
 from samlib import clip as clip_module
 from samlib.batches import augment, batch_indices, lr_at
 from samlib.clip import Clip, Theta
-from samlib.recipe import Recipe
+from samlib.recipe import SWA_SHARE, Recipe
 
-COLUMNS = ("loss", "loss_perturbed", "grad_norm")  # of the log, measured at every step
+COLUMNS = ("loss", "loss_perturbed", "grad_norm", "cosine", "eps_norm")  # of the log, measured at every step
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FACTS = ("seconds", "train_loss", "train_accuracy", "skipped")  # of a result, beside weights and log
 CHECKPOINT_SECONDS = 60.0
-CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,19 +44,25 @@ class Finetuned:
 
     Args:
         recipe: what was asked for.
-        theta: the encoder's parameters, on the CPU.
-        log: one row a step: step, loss, loss_perturbed (equal to loss for AdamW), lr, grad_norm.
+        theta: the encoder's parameters after the last step (their average, if the recipe asks for one), on the CPU.
+        best: those of the look at the validation split with the best accuracy, None without looks.
+        log: one row a step: step, loss, loss_perturbed (equal to loss where there is no climb), grad_norm, cosine (of
+            the gradients before and after the climb), eps_norm (length of the climb), lr, and where the recipe
+            looks at the validation split, validation_loss and validation_accuracy.
         seconds: wall time of the training.
         train_loss: mean cross-entropy on the training images without augmentation, in nats.
         train_accuracy: accuracy on them, in [0, 1].
+        skipped: steps without an update, because a gradient overflowed under fp16.
     """
 
     recipe: Recipe
     theta: Theta
+    best: Theta | None
     log: pd.DataFrame
     seconds: float
     train_loss: float
     train_accuracy: float
+    skipped: int
 
 
 def finetune(recipe: Recipe, clip: Clip, device: str | torch.device, cache: Path) -> Finetuned:
@@ -77,7 +89,8 @@ def finetune(recipe: Recipe, clip: Clip, device: str | torch.device, cache: Path
     """
     device = torch.device(device)
     folder = _folder(recipe, clip, device, cache)
-    return _read(recipe, _fill(folder, recipe, clip, device))
+    _fill(folder, recipe, clip, device)
+    return _read(recipe, folder)
 
 
 def finetune_many(
@@ -103,85 +116,182 @@ def finetune_many(
     if jobs < 1:
         raise ValueError(f"jobs must be an integer >= 1 or None, not {jobs}")
     folders = {recipe: _folder(recipe, clip, device, cache) for recipe in recipes}
-    todo = [(folder, recipe, clip, device) for recipe, folder in folders.items() if not folder.is_dir()]
-    jobs = min(jobs, len(todo)) if device.type == "cpu" else 1
+    todo = [recipe for recipe, folder in folders.items() if not folder.is_dir()]
+    jobs = min(jobs, len(todo)) if device.type == "cpu" and _processes() == 1 else 1
     if jobs <= 1:
-        running: Iterator[Path] = (_fill(*job) for job in todo)
+        running: Iterator[Recipe] = (_fill(folders[recipe], recipe, clip, device) for recipe in todo)
     else:
         pool = joblib.Parallel(n_jobs=jobs, backend="loky", return_as="generator_unordered")
-        running = pool(joblib.delayed(_fill)(*job) for job in todo)
-    for _ in tqdm(running, total=len(todo), desc="fine-tuning", unit="model", disable=not todo):
-        pass
+        running = pool(joblib.delayed(_fill)(folders[recipe], recipe, clip, device, False) for recipe in todo)
+    with tqdm(
+        total=sum(r.gradients for r in todo), desc="fine-tuning", unit="gradient", unit_scale=True, disable=not todo
+    ) as bar:  # in units of cost, so that the estimate holds where SAM and AdamW are mixed
+        for recipe in running:
+            bar.update(recipe.gradients)
     return [_read(recipe, folders[recipe]) for recipe in recipes]
 
 
-def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device) -> Path:
-    """Train unless the folder is there; only its path travels back from another process."""
-    if not folder.is_dir():
+def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device, show: bool = True) -> Recipe:
+    """Train unless the folder is there; only the recipe travels back from another process."""
+    there = folder.is_dir()
+    _wait()  # all processes have looked before one of them writes
+    if not there:
         partial_file = folder.with_name(f"{folder.name}.partial.safetensors")
-        with _one_thread(device):
-            done = _train(recipe, clip, device, partial_file)
-        with store.replacing(folder) as scratch:
-            _write(done, scratch)
-        partial_file.unlink(missing_ok=True)
-    return folder
+        with _alone(device):
+            done = _train(recipe, clip, device, partial_file, show)
+        if _rank() == 0:
+            with store.replacing(folder) as scratch:
+                _write(done, scratch)
+            partial_file.unlink(missing_ok=True)
+        _wait()
+    return recipe
 
 
-def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path) -> Finetuned:
+def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path, show: bool) -> Finetuned:
+    if recipe.batch_size % _processes():
+        raise ValueError(f"batch_size must be a multiple of the {_processes()} processes, not {recipe.batch_size}")
     task = tasks.load(recipe.task)
     train = tasks.subset(task.train, recipe.n_train)
     images, labels = train.images.to(device), train.labels.to(device)
     head = clip_module.zero_shot_head(clip, task).to(device)  # (K, d)
     encoder = copy.deepcopy(clip.encoder).to(device).train().requires_grad_(True)
-    base = torch.optim.AdamW(encoder.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    optimizer = sam.SAM(base, recipe.rho, recipe.optimizer == "asam", recipe.eta, recipe.clip_norm)
+    model = DistributedDataParallel(encoder) if _processes() > 1 else encoder
+    optimizer = _optimizer(recipe, model, encoder, device)
+    averaged = _averaged(recipe, encoder)
+    best = {f"best/{name}": w for name, w in clip_module.theta(encoder).items()} if recipe.validate_every else {}
     history = torch.full((recipe.steps, len(COLUMNS)), torch.nan, device=device)
+    tensors = {"history": history, **best}
+    tensors |= {f"theta/{name}": p for name, p in encoder.named_parameters()}
+    tensors |= {f"average/{name}": p for name, p in averaged.module.named_parameters()} if averaged else {}
+    owner = f"{recipe} from {clip.fingerprint[:12]}"
     start, seconds = 0, 0.0
+    looks: list[dict[str, float]] = []
     if partial_file.exists():
-        start, seconds = checkpoint.load(partial_file, encoder, optimizer, history)
+        facts = checkpoint.load(partial_file, owner, tensors, optimizer.base)
+        start, seconds, looks = facts["step"], facts["seconds"], facts["looks"]
+        optimizer.steps, optimizer.skipped = start, facts["skipped"]
+        if optimizer.scaler:
+            optimizer.scaler.load_state_dict(facts["scaler"])
+        if averaged:
+            averaged.n_averaged.fill_(facts["averaged"])
 
-    def loss_on(batch: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            features = encoder(batch)  # (B, d)
-        loss = F.cross_entropy(features.float() @ head.T, target)
-        loss.backward()
+    def loss_on(batch: Tensor, target: Tensor, share: float) -> Tensor:
+        with torch.autocast(device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "fp32"):
+            features = model(batch)  # (B, d)
+        loss = F.cross_entropy(features.float() @ head.T, target) * share
+        (optimizer.scaler.scale(loss) if optimizer.scaler else loss).backward()
         return loss
 
+    def look(step: int) -> None:
+        """Accuracy on the validation split, without augmentation; keep the best weights."""
+        accuracy, loss = _score(encoder, averaged, task.validation, head)
+        encoder.train()
+        if accuracy > max((one["accuracy"] for one in looks), default=-1.0):
+            for name, value in _theta(encoder, averaged).items():
+                best[f"best/{name}"].copy_(value)
+        looks.append({"step": step, "accuracy": accuracy, "loss": loss})
+
     begun = saved = time.monotonic()
-    for step in range(start, recipe.steps):
-        for group in base.param_groups:
+    title = f"{recipe.task}, {recipe.optimizer}"
+    steps = tqdm(range(start, recipe.steps), title, recipe.steps, False, initial=start, disable=not show or _rank() > 0)
+    for step in steps:
+        torch.manual_seed(batches.generator("dropout", recipe.seed, step, _rank()).initial_seed())
+        for group in optimizer.base.param_groups:
             group["lr"] = lr_at(step, recipe.steps, recipe.lr, recipe.warmup)
         index = batch_indices(len(labels), recipe.batch_size, recipe.seed, step).to(device)
         batch = augment(images[index], batches.generator("augment", recipe.seed, step))
-        try:
-            optimizer.step(partial(loss_on, batch, labels[index]))
-        except FloatingPointError as error:
-            raise _diverged(recipe, step) from error
+        x, y = (whole.chunk(_processes())[_rank()] for whole in (batch, labels[index]))  # this process's part
+        size = recipe.micro_batch or len(y)
+        parts = zip(x.split(size), y.split(size), strict=True)
+        optimizer.step(*(partial(loss_on, *part, len(part[1]) / len(y)) for part in parts), shared=recipe.shared_climb)
+        last = step + 1 == recipe.steps
+        if averaged and (recipe.average == "ema" or step >= (1 - SWA_SHARE) * recipe.steps or last):
+            averaged.update_parameters(encoder)
         history[step] = torch.stack([optimizer.last[name] for name in COLUMNS])
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == recipe.steps:
-            bad = (~history[: step + 1].isfinite()).any(1).nonzero()
-            if len(bad):
-                raise _diverged(recipe, int(bad[0]))
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and step + 1 < recipe.steps:
+        if _processes() > 1:
+            torch.distributed.all_reduce(history[step])
+            history[step] /= _processes()
+        # a gradient that is not finite skips its step: expected now and then under fp16, else a sign of divergence
+        if optimizer.skipped > (recipe.steps / 2 if recipe.precision == "fp16" else 0):
+            raise _diverged(recipe, step)
+        if recipe.validate_every and ((step + 1) % recipe.validate_every == 0 or last):
+            look(step)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS and not last and _rank() == 0:
             saved = time.monotonic()
-            checkpoint.save(partial_file, encoder, optimizer, history[: step + 1], seconds + saved - begun)
+            facts = {"step": step + 1, "seconds": seconds + saved - begun, "skipped": optimizer.skipped, "looks": looks}
+            facts["scaler"] = optimizer.scaler.state_dict() if optimizer.scaler else {}
+            facts["averaged"] = int(averaged.n_averaged) if averaged else 0
+            checkpoint.save(partial_file, owner, tensors, optimizer.base, facts)
 
-    theta = clip_module.theta(encoder)
-    logits = clip_module.logits(encoder, theta, train.images, head).cpu()  # (N, K)
-    train_loss = F.cross_entropy(logits, train.labels).item()
+    train_accuracy, train_loss = _score(encoder, averaged, train, head)
     if not math.isfinite(train_loss):
         raise _diverged(recipe, recipe.steps)
     log = pd.DataFrame(history.cpu().numpy(), columns=list(COLUMNS))
     log.insert(0, "step", range(recipe.steps))
     log["lr"] = [lr_at(step, recipe.steps, recipe.lr, recipe.warmup) for step in range(recipe.steps)]
+    for what in ("loss", "accuracy") if looks else ():
+        log[f"validation_{what}"] = pd.Series({int(one["step"]): one[what] for one in looks})
     return Finetuned(
         recipe=recipe,
-        theta={name: w.cpu() for name, w in theta.items()},
+        theta={name: w.cpu() for name, w in _theta(encoder, averaged).items()},
+        best={name.removeprefix("best/"): w.cpu() for name, w in best.items()} or None,
         log=log,
         seconds=seconds + time.monotonic() - begun,
         train_loss=train_loss,
-        train_accuracy=(logits.argmax(1) == train.labels).double().mean().item(),
+        train_accuracy=train_accuracy,
+        skipped=optimizer.skipped,
     )
+
+
+def _optimizer(recipe: Recipe, model: nn.Module, encoder: nn.Module, device: torch.device) -> sam.SAM:
+    own = 0 if recipe.shared_climb else _rank()
+    return sam.SAM(
+        torch.optim.AdamW(encoder.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True),
+        recipe.rho,
+        recipe.optimizer == "asam",
+        recipe.eta,
+        scale_biases=recipe.scale_biases,
+        every=recipe.every,
+        only=sam.norm_parameters(encoder) if recipe.norms_only else None,
+        clip_norm=recipe.clip_norm,
+        scaler=torch.amp.GradScaler(device.type) if recipe.precision == "fp16" else None,
+        model=model,
+        synchronise=recipe.shared_climb,
+        noise=partial(batches.generator, "noise", recipe.seed, own) if recipe.optimizer == "rwp" else None,
+        same_noise=True,
+        diagnose=True,
+    )
+
+
+def _averaged(recipe: Recipe, encoder: nn.Module) -> AveragedModel | None:
+    """Izmailov et al. 2018 (SWA): a plain mean; or an exponential moving average."""
+    if recipe.average == "none":
+        return None
+    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(recipe.decay) if recipe.average == "ema" else None)
+
+
+def _theta(encoder: nn.Module, averaged: AveragedModel | None) -> Theta:
+    return clip_module.theta(averaged.module if averaged and averaged.n_averaged else encoder)
+
+
+def _score(encoder: nn.Module, averaged: AveragedModel | None, split: tasks.Split, head: Tensor) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy on a split as it is."""
+    outputs = clip_module.logits(encoder, _theta(encoder, averaged), split.images, head).cpu()  # (N, K)
+    accuracy = (outputs.argmax(1) == split.labels).double().mean().item()
+    return accuracy, F.cross_entropy(outputs, split.labels).item()
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _wait() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _diverged(recipe: Recipe, step: int) -> FloatingPointError:
@@ -192,13 +302,14 @@ def _diverged(recipe: Recipe, step: int) -> FloatingPointError:
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """One thread on the CPU: sums in another order give other last bits."""
+def _alone(device: torch.device) -> Iterator[None]:
+    """Torch's random state for ourselves, and on the CPU one thread: sums in another order give other last bits."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
     try:
-        yield
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
     finally:
         torch.set_num_threads(threads)
 
@@ -210,7 +321,8 @@ def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Pa
             "task": tasks.fingerprint(recipe.task),
             "clip": clip.fingerprint,
             "device": device.type,
-            "code": store.code("batches", "clip", "finetune", "sam", "tasks"),
+            "processes": _processes(),
+            "code": store.code("batches", "clip", "finetune", "recipe", "sam", "tasks"),
         }
     )
     return cache / "finetune" / key
@@ -219,8 +331,10 @@ def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Pa
 def _write(done: Finetuned, folder: Path) -> None:
     folder.mkdir()
     save_file(done.theta, folder / "theta.safetensors")
+    if done.best:
+        save_file(done.best, folder / "best.safetensors")
     done.log.to_parquet(folder / "log.parquet")
-    facts = {name: getattr(done, name) for name in ("seconds", "train_loss", "train_accuracy")}
+    facts = {name: getattr(done, name) for name in FACTS}
     store.write_json(folder / "recipe.json", {"recipe": asdict(done.recipe), **facts})
 
 
@@ -228,10 +342,46 @@ def _read(recipe: Recipe, folder: Path) -> Finetuned:
     file = folder / "theta.safetensors"
     try:
         theta = load_file(file)
+        file = folder / "best.safetensors"
+        best = load_file(file) if recipe.validate_every else None
         file = folder / "log.parquet"
         log = pd.read_parquet(file)
         file = folder / "recipe.json"
         facts = store.read_json(file)
-        return Finetuned(recipe, theta, log, facts["seconds"], facts["train_loss"], facts["train_accuracy"])
+        return Finetuned(recipe=recipe, theta=theta, best=best, log=log, **{name: facts[name] for name in FACTS})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise store.unreadable(file) from error
+
+
+def main() -> None:
+    """Fine-tune one recipe from the command line, on one device or, under torchrun, on several.
+
+    `python -m samlib.finetune '{"task": "digits", "optimizer": "sam", "steps": 100, "rho": 0.005}'`, or the same after
+    `torchrun --nproc-per-node 2 -m samlib.finetune`.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=json.loads, help="fields of samlib.recipe.Recipe, as JSON")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cache", type=Path, default=store.folder(), help="for results and checkpoints")
+    a = parser.parse_args()
+    try:
+        recipe = Recipe(**a.recipe)
+    except (TypeError, ValueError) as error:
+        parser.error(f"recipe: {error}")
+    device = a.device
+    if "RANK" in os.environ:  # torchrun sets it
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device != "cpu" else "gloo")
+    clip = clip_module.load(device)
+    done = finetune(recipe, clip, device, a.cache)
+    if _rank() == 0:
+        print(_folder(recipe, clip, torch.device(device), a.cache))
+        print(f"training loss {done.train_loss:.4f}, accuracy {done.train_accuracy:.3f}, {done.seconds:.0f} s")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -147,11 +147,15 @@ def train(worker: int, workers: int, epochs: int, batch_size: int, lr: float, se
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
     per_epoch = len(images) // (batch_size * workers)
     total = epochs * per_epoch
-    losses = torch.zeros(total, 1)
+    losses = torch.zeros(total)
     code = store.code("batches", "clip", "pretrain")
     decides = [workers, epochs, batch_size, lr, seed, tasks.corpus_fingerprint(), code]
     partial_file = out.with_name(f".{out.stem}.{store.key(decides)}.partial.safetensors")
-    start, spent = checkpoint.load(partial_file, pair, optimizer, losses) if partial_file.exists() else (0, 0.0)
+    tensors = {"losses": losses, **{f"theta/{name}": p for name, p in pair.named_parameters()}}
+    start, spent = 0, 0.0
+    if partial_file.exists():
+        facts = checkpoint.load(partial_file, "pre-training", tensors, optimizer)
+        start, spent = facts["step"], facts["seconds"]
     both = DistributedDataParallel(pair)
     begun = saved = time.monotonic()
     for step in range(start, total):
@@ -179,7 +183,8 @@ def train(worker: int, workers: int, epochs: int, batch_size: int, lr: float, se
             done = (step + 1) // per_epoch
             print(f"epoch {done}/{epochs}: loss {mean:.3f}, {speed:.0f} images/s, {left:.0f} minutes left", flush=True)
             if now - saved > CHECKPOINT_SECONDS and step + 1 < total:
-                checkpoint.save(partial_file, pair, optimizer, losses[: step + 1], spent + now - begun)
+                facts = {"step": step + 1, "seconds": spent + now - begun}
+                checkpoint.save(partial_file, "pre-training", tensors, optimizer, facts)
                 saved = now
     if worker == 0:
         save(pair.model, rows.int(), out)

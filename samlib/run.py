@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import inspect
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -155,7 +154,7 @@ def begin(notebook: str, **parameters: Any) -> Run:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (the global generator, for libraries that use it)
     torch.manual_seed(seed)
-    cache = Path(os.environ.get("SAMLIB_CACHE", Path.home() / ".cache" / "samlib"))
+    cache = store.folder()
     return Run(notebook, preset, dict(parameters), seed, device, cache)
 
 

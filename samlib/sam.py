@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
+MEANS = ("cosine", "eps_norm")  # of what is measured: averaged over the climbs of a step, not summed
 Closure = Callable[[], object]  # runs backward() and returns the loss
+Radius = float | Callable[[int], float]  # fixed, or by the number of steps done
 
 
 class SAM:
     """Minimise the loss at the worst point of a small ball around the weights.
 
     Each step measures the gradient g at w, climbs to w + eps with
-    eps = rho g / ||g|| (SAM) or eps = rho (|w| + eta)^2 g / ||(|w| + eta) g|| (ASAM),
+    eps = rho g / ||g|| (SAM) or eps = rho T^2 g / ||T g||, T = |w| + eta (ASAM),
     measures the gradient there, returns to w exactly and lets the base optimiser use that gradient.
     With rho = 0 there is no second pass and the step is the base optimiser's, bit for bit.
 
     Args:
         base: optimiser over float32 or float64 parameters. Autocast to bf16 keeps them so, but rounds w + eps in
             the forward pass: a small rho needs full precision.
-        rho: radius of the ball, in the weights' L2 norm (SAM) or relative norm (ASAM), >= 0.
+        rho: radius of the ball, in the weights' L2 norm (SAM) or relative norm (ASAM), >= 0; or a function
+            from the number of steps done to the radius.
         adaptive: True for ASAM, which scales every parameter by |w| + eta.
         eta: floor of that scale, >= 0 (0.01 in Kwon et al., 0 in the merging paper).
+        scale_biases: False leaves biases and norm layers (parameters with at most one dimension) out of ASAM's scaling,
+            T = 1, as Kwon et al. do; True scales everything, as the merging paper's code does.
+        every: climb in every k-th step only, >= 1; the steps between are the base optimiser's. Costs 1 + 1/k
+            gradients a step.
+        only: the parameters that climb, None for all; `norm_parameters` gives those of the norm layers.
         clip_norm: largest L2 norm of the update gradient; the first gradient is never clipped.
+        scaler: for fp16 autocast; the closure then scales its loss before backward().
+        model: what the closure runs. Needed for batch normalisation, whose running statistics stand still in the
+            second pass, and for distributed data parallelism, which averages gradients in the second pass only
+            and agrees on whether they are finite.
+        synchronise: average the first gradient over the processes, too. By default each process climbs along its own,
+            the m-sharpness of Foret et al.
+        noise: climb along Gaussian noise in place of g: random weight perturbation, the control that asks whether the
+            direction matters. A function from the number of steps done to the generator (on the CPU) of the noise.
+        same_noise: draw dropout masks and the like in the second pass as in the first.
+        diagnose: also measure `cosine` and `eps_norm`, for the memory of one more gradient.
 
     Attributes:
-        last: scalar tensors of the last step: `loss` (at w), `loss_perturbed` (at w + eps) and
-            `grad_norm` (||g|| at w).
+        last: scalar tensors of the last step: `loss` (at w), `loss_perturbed` (at w + eps, or at w where there was no
+            climb), `grad_norm` (||g|| at w); on request `cosine` (between g and the gradient at w + eps, 0 if one of
+            them is) and `eps_norm` (||eps||). With several climbs a step, the first three are summed and the others
+            averaged: since each closure divides by n, all are means over the micro-batches.
+        steps: steps done.
+        skipped: steps without an update, because a gradient was not finite.
 
     Raises:
-        ValueError: rho, eta or clip_norm out of range, or no parameter that trains.
+        ValueError: rho, eta, every or clip_norm out of range, no parameter that trains, or parameters on several
+            devices.
         TypeError: a parameter in reduced precision, where most of eps would be rounded away.
 
     Source: Foret et al. 2021, eq. 2-3 (SAM); Kwon et al. 2021, section 3 (ASAM).
@@ -43,19 +69,35 @@ class SAM:
     def __init__(
         self,
         base: torch.optim.Optimizer,
-        rho: float,
+        rho: Radius,
         adaptive: bool = False,
         eta: float = 0.0,
+        *,
+        scale_biases: bool = True,
+        every: int = 1,
+        only: Iterable[Tensor] | None = None,
         clip_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        model: nn.Module | None = None,
+        synchronise: bool = False,
+        noise: Callable[[int], torch.Generator] | None = None,
+        same_noise: bool = False,
+        diagnose: bool = False,
     ) -> None:
-        if not (rho >= 0 and math.isfinite(rho)):
-            raise ValueError(f"rho must be a finite number >= 0, not {rho}")
+        if not callable(rho):
+            _check_radius(rho)
         if not (eta >= 0 and math.isfinite(eta)):
             raise ValueError(f"eta must be a finite number >= 0, not {eta}")
+        if type(every) is not int or every < 1:
+            raise ValueError(f"every must be an integer >= 1, not {every!r}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be None or > 0, not {clip_norm}")
-        self.base, self.rho, self.adaptive, self.eta, self.clip_norm = base, rho, adaptive, eta, clip_norm
+        self.base, self.rho, self.adaptive, self.eta, self.scale_biases = base, rho, adaptive, eta, scale_biases
+        self.every, self.clip_norm, self.scaler, self.model = every, clip_norm, scaler, model
+        self.synchronise, self.noise, self.same_noise, self.diagnose = synchronise, noise, same_noise, diagnose
         self.last: dict[str, Tensor] = {}
+        self.steps, self.skipped = 0, 0
+        self._draw: torch.Generator | None = None
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None  # (parameters, their values at w)
         parameters = self._parameters()
         if not parameters:
@@ -63,41 +105,65 @@ class SAM:
         for p in parameters:
             if p.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"SAM needs float32 or float64 parameters (try autocast), not {p.dtype}")
+        devices = {p.device for p in parameters}
+        if len(devices) > 1:
+            raise ValueError(f"the parameters must be on one device, not on {', '.join(sorted(map(str, devices)))}")
+        self.device = devices.pop()
+        self._only = None if only is None else set(only)  # tensors hash by identity
+        if self._only is not None and not self._only & set(parameters):
+            raise ValueError("only must name at least one parameter of the base optimiser that trains")
 
-    def step(self, closure: Closure) -> Tensor:
+    def step(self, *closures: Closure, shared: bool = False) -> Tensor:
         """One update.
 
         Args:
-            closure: computes the batch loss, calls `backward()` and returns the loss; it runs twice
-                (once if rho = 0). Gradients are zeroed before each run.
+            closures: each computes the loss of one micro-batch, calls `backward()` on it (on the scaled loss with a
+                scaler) and returns it, unscaled. Their losses and gradients are summed, so with n micro-batches
+                each divides by n. Each runs twice, or once where there is no climb.
+            shared: with several micro-batches, True climbs once, along the gradient of all, and replays all of them
+                there; False climbs for each along its own gradient (the m-sharpness of Foret et al.).
 
         Returns:
             The loss at w, before the update, a detached scalar.
 
         Raises:
-            TypeError: the closure returns no tensor.
-            FloatingPointError: the first gradient is not finite.
+            TypeError: a closure returns no tensor.
+            ValueError: no closure, or one that leaves no gradient, or a rho of the schedule is out of range.
         """
-        loss = loss_perturbed = self._measure(closure)
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        if not grads:
-            raise ValueError("the closure left no gradient: it must call loss.backward()")
-        grad_norm = _norm(grads)
-        if self.rho > 0:
-            self.perturb()
-            try:
-                loss_perturbed = self._measure(closure)
-            finally:
-                self.restore()
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
-        self.base.step()
-        self.last = {"loss": loss, "loss_perturbed": loss_perturbed, "grad_norm": grad_norm}
-        return loss
+        if not closures:
+            raise ValueError("step needs at least one closure")
+        rho = 0.0 if self.steps % self.every else self._radius()
+        self._draw = self.noise(self.steps) if self.noise else None  # one stream for all climbs of the step
+        groups = [closures] if shared else [(closure,) for closure in closures]
+        found: list[dict[str, Tensor]] = []
+        total: dict[Tensor, Tensor] = {}
+        finite = True
+        for group in groups:
+            finite, measured = self._gradient(group, rho)
+            found.append(measured)
+            if not finite:
+                break
+            if len(groups) > 1:
+                for p in self._parameters():
+                    if p.grad is not None:
+                        total[p] = total[p].add_(p.grad) if p in total else p.grad.clone()
+        if finite:
+            for p in self._parameters():
+                p.grad = total.get(p, p.grad)
+        self._update(finite)
+        self.steps += 1
+        self.last = {
+            name: torch.stack([one[name] for one in found]).mean() * (1 if name in MEANS else len(found))
+            for name in found[-1]
+        }
+        return self.last["loss"]
 
     @torch.no_grad()
-    def perturb(self) -> None:
+    def perturb(self, rho: float | None = None) -> None:
         """Move the weights from w to w + eps, with g taken from `.grad`; a zero g moves nothing.
+
+        Args:
+            rho: radius, by default that of the schedule.
 
         Raises:
             FloatingPointError: the gradient is not finite.
@@ -105,23 +171,30 @@ class SAM:
         """
         if self._saved is not None:
             raise RuntimeError("the weights are perturbed already: call restore() first")
-        params = [p for p in self._parameters() if p.grad is not None]
+        rho = self._radius() if rho is None else rho
+        params = [p for p in self._parameters() if p.grad is not None and (self._only is None or p in self._only)]
         direction = [p.grad for p in params if p.grad is not None]
-        if self.adaptive:
-            scale = list(torch._foreach_abs(params))  # T = |w| + eta
-            torch._foreach_add_(scale, self.eta)
-            direction = list(torch._foreach_mul(direction, scale))  # T g
-            norm = _norm(direction).item()
-            torch._foreach_mul_(direction, scale)  # T^2 g
-        else:
-            norm = _norm(direction).item()
+        if self.noise:
+            draw = self._draw or self.noise(self.steps)
+            direction = [torch.randn(p.shape, dtype=p.dtype, generator=draw).to(p.device) for p in params]
+        scaled = [i for i, p in enumerate(params) if self.adaptive and (self.scale_biases or p.ndim > 1)]
+        if scaled:
+            scale = torch._foreach_abs([params[i] for i in scaled])
+            torch._foreach_add_(scale, self.eta)  # T = |w| + eta
+            products = torch._foreach_mul([direction[i] for i in scaled], scale)
+            for i, product in zip(scaled, products, strict=True):
+                direction[i] = product  # T g
+        norm = _norm(direction).item() if direction else 0.0
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient at w is not finite (norm {norm})")
+        if scaled:
+            torch._foreach_mul_(products, scale)  # T^2 g
         values = [torch.empty_like(p) for p in params]
-        torch._foreach_copy_(values, params)
+        if params:
+            torch._foreach_copy_(values, params)
         self._saved = (params, values)
         if norm >= torch.finfo(torch.float32).tiny:
-            torch._foreach_add_(params, direction, alpha=self.rho / norm)
+            torch._foreach_add_(params, direction, alpha=rho / norm)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -133,27 +206,156 @@ class SAM:
         if self._saved is None:
             raise RuntimeError("nothing to restore: call perturb() first")
         params, values = self._saved
-        torch._foreach_copy_(params, values)
+        if params:
+            torch._foreach_copy_(params, values)
         self._saved = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimiser's state; SAM itself keeps none between steps."""
-        return self.base.state_dict()
+        """The base optimiser's state, the steps done and skipped, and the scaler's state."""
+        scaler = self.scaler.state_dict() if self.scaler else {}
+        return {"base": self.base.state_dict(), "steps": self.steps, "skipped": self.skipped, "scaler": scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that `state_dict` returned."""
-        self.base.load_state_dict(state)
+        """Load a state that `state_dict` returned.
+
+        Raises:
+            ValueError: it is the state of another optimiser.
+        """
+        if set(state) != {"base", "steps", "skipped", "scaler"}:
+            raise ValueError(f"this is no state of SAM, which has base, steps, skipped and scaler, not {list(state)}")
+        if bool(state["scaler"]) != bool(self.scaler):
+            raise ValueError("the state was saved with a scaler and is loaded without one, or the other way round")
+        self.base.load_state_dict(state["base"])
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _gradient(self, closures: Sequence[Closure], rho: float) -> tuple[bool, dict[str, Tensor]]:
+        """Leave in `.grad` the gradient that updates; say whether it is finite, and what was measured on the way."""
+        random_state = self._random_state() if self.same_noise else []
+        with self._unsynchronised(rho > 0):
+            loss = self._measure(closures)
+        norm = _norm(self._gradients())
+        ones = torch.ones_like(norm)
+        measured = {"loss": loss, "loss_perturbed": loss, "grad_norm": norm / self._loss_scale()}
+        if self.diagnose:
+            measured |= {"cosine": ones, "eps_norm": 0 * ones}
+        finite = self._finite_everywhere(norm)
+        if not finite or rho == 0:
+            return finite, measured
+        first = {p: p.grad.clone() for p in self._parameters() if p.grad is not None} if self.diagnose else {}
+        try:
+            self.perturb(rho)
+            if self.diagnose and self._saved and self._saved[0]:
+                with torch.no_grad():
+                    measured["eps_norm"] = _norm(list(torch._foreach_sub(*self._saved)))
+            with self._second_pass(random_state):
+                measured["loss_perturbed"] = self._measure(closures)
+        finally:
+            if self._saved is not None:
+                self.restore()
+        norm = _norm(self._gradients())
+        if self.diagnose:
+            product = sum(((g * p.grad).sum() for p, g in first.items() if p.grad is not None), 0 * ones)
+            lengths = norm * _norm(list(first.values()))
+            measured["cosine"] = product / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        return self._finite_everywhere(norm), measured
+
+    def _measure(self, closures: Sequence[Closure]) -> Tensor:
+        self.base.zero_grad(set_to_none=True)
+        losses = []
+        for closure in closures:
+            with torch.enable_grad():
+                loss = closure()
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the closure must return the loss as a tensor, not {type(loss).__name__}")
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _update(self, finite: bool) -> None:
+        if self.scaler:
+            if not finite:  # also on a process whose own gradient was finite: the scales must stay equal
+                self._gradients()[0].fill_(math.inf)
+            self.scaler.unscale_(self.base)
+        if not finite:
+            self.skipped += 1
+        else:
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+            if self.scaler:
+                self.scaler.step(self.base)
+            else:
+                self.base.step()
+        if self.scaler:
+            self.scaler.update()
+
+    @contextmanager
+    def _second_pass(self, random_state: list[Tensor]) -> Iterator[None]:
+        """The dropout masks of the first pass, and running statistics that stand still."""
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)] if self.model else []
+        tracked = [m.track_running_stats for m in norms]
+        if self.same_noise:
+            self._set_random_state(random_state)
+        for m in norms:
+            m.track_running_stats = False  # normalise by the batch, as in training, and record nothing
+        try:
+            yield
+        finally:
+            for m, track in zip(norms, tracked, strict=True):
+                m.track_running_stats = track
+
+    def _unsynchronised(self, climbs: bool) -> AbstractContextManager[object]:
+        local = climbs and not self.synchronise
+        return self.model.no_sync() if local and isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _finite_everywhere(self, norm: Tensor) -> bool:
+        """Whether a norm is finite, on every process: all take the second pass together, or none does."""
+        finite = norm.isfinite()
+        if isinstance(self.model, DistributedDataParallel):
+            votes = finite.int()
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
+            finite = votes.bool()
+        return bool(finite)
+
+    def _random_state(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return states + [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
+
+    def _set_random_state(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
+
+    def _radius(self) -> float:
+        rho = self.rho(self.steps) if callable(self.rho) else self.rho
+        _check_radius(rho)
+        return rho
+
+    def _loss_scale(self) -> float:
+        return self.scaler.get_scale() if self.scaler else 1.0
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
 
-    def _measure(self, closure: Closure) -> Tensor:
-        self.base.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            loss = closure()
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"the closure must return the loss as a tensor, not {type(loss).__name__}")
-        return loss.detach()
+    def _gradients(self) -> list[Tensor]:
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        if not grads:
+            raise ValueError("the closure left no gradient: it must call loss.backward()")
+        return grads
+
+
+def norm_parameters(model: nn.Module) -> list[Tensor]:
+    """The parameters of the normalisation layers, for SAM's `only`.
+
+    Source: Mueller et al. 2023 (SAM-ON), where perturbing them alone does as well as perturbing everything.
+    """
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+    return [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)]
+
+
+def _check_radius(rho: float) -> None:
+    if not (rho >= 0 and math.isfinite(rho)):
+        raise ValueError(f"rho must be a finite number >= 0, not {rho}")
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import multiprocessing
+import os
+import signal
+import socket
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from samlib import batches, cache, clip, finetune, tasks
+from samlib import batches, cache, checkpoint, clip, finetune, tasks
 from samlib.finetune import finetune_many
 from samlib.recipe import OPTIMIZERS, Recipe
 
@@ -95,7 +103,7 @@ def test_augmentation_depends_on_its_generator_alone() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_fine_tuning_learns_the_task(optimizer: str, tiny: Any, tmp_path: Path) -> None:
-    rho = {"adamw": 0.0, "sam": 0.05, "asam": 0.5}[optimizer]
+    rho = {"adamw": 0.0, "sam": 0.05, "asam": 0.5, "rwp": 0.05}[optimizer]
     recipe = Recipe("warm", optimizer, steps=60, rho=rho, lr=1e-2, batch_size=32)
     done = finetune.finetune(recipe, tiny, "cpu", tmp_path)
     task = tasks.load("warm")
@@ -103,11 +111,13 @@ def test_fine_tuning_learns_the_task(optimizer: str, tiny: Any, tmp_path: Path) 
     assert clip.accuracy(tiny.encoder, done.theta, task.test, head) > 0.9 and done.train_accuracy > 0.9
     logits = clip.logits(tiny.encoder, done.theta, task.train.images, head)
     assert done.train_loss == pytest.approx(F.cross_entropy(logits, task.train.labels).item(), rel=1e-6)
-    assert list(done.log.columns) == ["step", "loss", "loss_perturbed", "grad_norm", "lr"]
+    assert list(done.log.columns) == ["step", "loss", "loss_perturbed", "grad_norm", "cosine", "eps_norm", "lr"]
     assert done.log["step"].tolist() == list(range(60))
     assert done.log["loss"].iloc[-5:].max() < done.log["loss"].iloc[:5].min()
     higher = (done.log["loss_perturbed"] > done.log["loss"]).mean()
-    assert higher == 0 if optimizer == "adamw" else higher > 0.9
+    assert higher == 0 if optimizer == "adamw" else higher > (0.2 if optimizer == "rwp" else 0.9)
+    if optimizer in ("sam", "rwp"):
+        assert done.log["eps_norm"].to_numpy() == pytest.approx(rho, rel=1e-3)
 
 
 def test_the_first_step_is_adamw_on_the_scaled_cosine_loss(tiny: Any, tmp_path: Path) -> None:
@@ -199,6 +209,119 @@ def test_divergence_names_task_step_and_remedy(
     assert not list((tmp_path / "finetune").glob("[!.]*"))  # nothing half-done stays
 
 
+# ---- options of the loop
+
+
+def train(tiny: Any, folder: Path, **change: Any) -> finetune.Finetuned:
+    return finetune.finetune(dataclasses.replace(RECIPE, **change), tiny, "cpu", folder)
+
+
+def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tiny: Any, tmp_path: Path) -> None:
+    whole = train(tiny, tmp_path)
+    shared = train(tiny, tmp_path, micro_batch=5, shared_climb=True)  # 5 + 5 + 5 + 1
+    own = train(tiny, tmp_path, micro_batch=5)
+    assert difference(whole.theta, shared.theta) < 1e-5 < difference(whole.theta, own.theta)
+    assert shared.log["loss"].tolist() == pytest.approx(whole.log["loss"].tolist(), rel=1e-4)
+
+
+def test_the_best_weights_are_those_of_the_best_look_at_the_validation_split(tiny: Any, tmp_path: Path) -> None:
+    done = train(tiny, tmp_path, steps=13, validate_every=4, lr=0.3)
+    looks = done.log.dropna(subset="validation_accuracy")
+    assert looks["step"].tolist() == [3, 7, 11, 12] and done.best is not None
+    task = tasks.load("warm")
+    head = clip.zero_shot_head(tiny, task)
+    best = looks["validation_accuracy"].max()
+    assert clip.accuracy(tiny.encoder, done.best, task.validation, head) == best
+    assert clip.accuracy(tiny.encoder, done.theta, task.validation, head) == looks["validation_accuracy"].iloc[-1]
+    logits = clip.logits(tiny.encoder, done.theta, task.validation.images, head)
+    loss = F.cross_entropy(logits, task.validation.labels).item()
+    assert looks["validation_loss"].iloc[-1] == pytest.approx(loss, rel=1e-6)
+    again = train(tiny, tmp_path, steps=13, validate_every=4, lr=0.3)
+    assert again.best is not None and same(done.best, again.best)
+    assert same(done.theta, train(tiny, tmp_path, steps=13, lr=0.3).theta)  # looking changes nothing
+
+
+@pytest.mark.parametrize("average", ["ema", "swa"])
+def test_averaged_weights_are_the_average_of_the_path(
+    average: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path: list[dict[str, Tensor]] = []
+    step = finetune.sam.SAM.step
+
+    def spy(self: Any, *closures: Any, shared: bool) -> Tensor:
+        loss = step(self, *closures, shared=shared)
+        path.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+        return loss
+
+    monkeypatch.setattr(finetune.sam.SAM, "step", spy)
+    done = train(tiny, tmp_path, average=average, decay=0.9 if average == "ema" else 0.99)
+    own = path[:12]
+    if average == "swa":  # before the average begins, a look sees the weights themselves
+        looked = train(tiny, tmp_path, average="swa", validate_every=2).log["validation_loss"].dropna()
+        plain = train(tiny, tmp_path, validate_every=2).log["validation_loss"].dropna()
+        assert looked.iloc[:4].equals(plain.iloc[:4]) and not looked.equals(plain)
+        short = train(tiny, tmp_path, average="swa", steps=2)
+        assert same(short.theta, train(tiny, tmp_path, steps=2).theta)
+    wanted = {name: w.clone() for name, w in own[0 if average == "ema" else 9].items()}
+    for name in wanted:
+        for theta in own[1:] if average == "ema" else ():
+            wanted[name] = 0.9 * wanted[name] + 0.1 * theta[name]
+        if average == "swa":
+            wanted[name] = torch.stack([theta[name] for theta in own[9:]]).mean(0)  # of 12 steps
+    assert difference(wanted, done.theta) < 1e-6 < difference(own[-1], done.theta)
+
+
+def test_climbing_seldom_or_in_few_parameters_is_another_algorithm(tiny: Any, tmp_path: Path) -> None:
+    seldom = train(tiny, tmp_path, every=5)
+    assert (seldom.log["eps_norm"] > 0).tolist() == [step % 5 == 0 for step in range(12)]
+    assert Recipe("warm", "sam", 12, 0.1, every=5).gradients == 12 + 3
+    assert RECIPE.gradients == 24 and Recipe("warm", "adamw", 12).gradients == 12
+    asam = {"optimizer": "asam", "rho": 0.5}
+    one, other, third = (train(tiny, tmp_path, **asam, **x) for x in ({}, {"eta": 0.1}, {"scale_biases": False}))
+    assert not same(one.theta, other.theta) and not same(one.theta, third.theta)
+    with pytest.raises(ValueError, match="only must name at least one parameter"):
+        train(tiny, tmp_path, norms_only=True)  # the double has no norm layer
+
+
+def test_fp16_scales_its_loss_and_agrees_with_fp32(tiny: Any, tmp_path: Path) -> None:
+    half, exact = train(tiny, tmp_path, precision="fp16"), train(tiny, tmp_path)
+    assert half.log["loss"].tolist() == pytest.approx(exact.log["loss"].tolist(), rel=0.05)
+    assert half.log["grad_norm"].tolist() == pytest.approx(exact.log["grad_norm"].tolist(), rel=0.1)
+    assert half.skipped == 0 and all(w.dtype == torch.float32 for w in half.theta.values())
+
+
+def _worker(rank: int, tiny: Any, recipes: list[Recipe], folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for recipe in recipes:
+        finetune.finetune(recipe, tiny, "cpu", folder)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_compute_what_one_computes_in_two_parts(tiny: Any, tmp_path: Path) -> None:
+    """Unsynchronised climbs are m-sharpness over the processes, synchronised ones SAM on the whole batch."""
+    two = [dataclasses.replace(RECIPE, shared_climb=shared) for shared in (False, True)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (tiny, two, tmp_path / "two", port), nprocs=2)
+    found = [json.loads(file.read_text()) for file in (tmp_path / "two").glob("finetune/*/recipe.json")]
+    assert len(found) == 2
+    thetas = {}
+    for file in (tmp_path / "two").glob("finetune/*/recipe.json"):
+        shared = json.loads(file.read_text())["recipe"]["shared_climb"]
+        thetas[shared] = load_file(file.with_name("theta.safetensors"))
+        one = train(tiny, tmp_path / "one", micro_batch=8, shared_climb=shared)
+        assert difference(one.theta, thetas[shared]) < 1e-5
+        log = pd.read_parquet(file.with_name("log.parquet"))
+        assert log["loss"].tolist() == pytest.approx(one.log["loss"].tolist(), rel=1e-4)
+    assert difference(thetas[False], thetas[True]) > 1e-4
+
+
 # ---- cache
 
 
@@ -246,11 +369,22 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "asam"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "adamw", "rho": 0.0},
+        {"optimizer": "asam", "rho": 0.5},
+        {"every": 5},
+        {"optimizer": "rwp"},
+        {"precision": "fp16"},
+        {"average": "swa", "validate_every": 3},
+    ],
+    ids=str,
+)
 def test_an_interrupted_run_resumes_bit_for_bit(
-    optimizer: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, rho=0.0 if optimizer == "adamw" else 0.5)
+    recipe = dataclasses.replace(RECIPE, **change)
     whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
     monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", -1.0)  # after every step
     steps: list[int] = []
@@ -271,6 +405,83 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     assert [path.name for path in (tmp_path / "broken" / "finetune").iterdir()] == [
         path.name for path in (tmp_path / "whole" / "finetune").iterdir()
     ]
+
+
+def _killed(tiny: Any, recipe: Recipe, folder: Path, step: int, place: str) -> None:
+    """Fine-tune and die, like a process that runs out of memory, at one place of one step."""
+    finetune.CHECKPOINT_SECONDS = -1.0  # a checkpoint after every step
+    counter = count(0)
+
+    def die_at(name: str, after: Path | None = None) -> None:
+        if place == name:
+            if after:
+                after.write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def indices(n: int, batch_size: int, seed: int, now: int) -> Tensor:
+        if now >= step:
+            die_at("before the step")
+        return batches.batch_indices(n, batch_size, seed, now)
+
+    def save(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
+        if next(counter) == 1:
+            die_at("while writing", path)
+        save_file(tensors, path, metadata)
+
+    def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+        if next(counter) > 1:
+            die_at("between two checkpoints")
+        return batches.augment(images, generator)
+
+    finetune.batch_indices, finetune.checkpoint.save_file, finetune.augment = indices, save, augmented
+    finetune.finetune(recipe, tiny, "cpu", folder)
+
+
+def test_a_run_killed_ten_times_ends_in_the_same_bits(tiny: Any, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=40, average="ema", validate_every=7)
+    whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["samlib.finetune", "tests.conftest"])
+    steps = torch.randperm(36, generator=torch.Generator().manual_seed(1))[:12].sort().values.tolist()
+    places = ("before the step", "while writing", "between two checkpoints")
+    for i, step in enumerate(steps):
+        child = processes.Process(target=_killed, args=(tiny, recipe, tmp_path / "killed", step, places[i % 3]))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    assert list((tmp_path / "killed" / "finetune").glob("*.partial.safetensors"))
+    resumed = finetune.finetune(recipe, tiny, "cpu", tmp_path / "killed")
+    assert same(whole.theta, resumed.theta) and whole.log.equals(resumed.log)
+    assert whole.best is not None and resumed.best is not None and same(whole.best, resumed.best)
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
+    def state(width: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+        w = torch.ones(width, requires_grad=True)
+        optimizer = torch.optim.AdamW([w])
+        w.sum().backward()
+        optimizer.step()
+        return {"w": w}, optimizer
+
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, "recipe A", *state(3), {"step": 4})
+    tensors, optimizer = state(3)
+    assert checkpoint.load(path, "recipe A", tensors, optimizer) == {"step": 4}
+    for owner, width, message in (("recipe B", 3, "of recipe A, not of recipe B"), ("recipe A", 4, "another model: w")):
+        tensors, optimizer = state(width)
+        before = tensors["w"].detach().clone()
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(path, owner, tensors, optimizer)
+        assert torch.equal(tensors["w"], before)
+    tensors, optimizer = state(3)
+    other = torch.optim.AdamW([torch.ones(7, requires_grad=True)])
+    other.load_state_dict(state(7)[1].state_dict())
+    checkpoint.save(path, "recipe A", tensors, other, {"step": 4})
+    with pytest.raises(ValueError, match="another model: the optimiser's state differs"):
+        checkpoint.load(path, "recipe A", tensors, optimizer)
+    save_file({"w": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="cannot read"):
+        checkpoint.load(path, "recipe A", tensors, optimizer)
 
 
 def test_a_damaged_checkpoint_is_named(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +520,7 @@ def test_processes_give_the_weights_of_a_serial_run_in_the_order_of_the_recipes(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, sam, asam, not 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, sam, asam, rwp, not 'sgd'"),
         ({"steps": 0}, "steps must be an integer >= 1, not 0"),
         ({"steps": 1.5}, "steps must be an integer"),
         ({"rho": -0.1}, "rho must be >= 0"),
@@ -322,13 +533,28 @@ def test_processes_give_the_weights_of_a_serial_run_in_the_order_of_the_recipes(
         ({"n_train": 0}, "n_train must be"),
         ({"batch_size": True}, "batch_size must be"),
         ({"seed": -1}, "seed must be"),
-        ({"precision": "fp16"}, "precision must be fp32 or bf16"),
+        ({"precision": "fp8"}, "precision must be fp32, bf16 or fp16"),
+        ({"every": 0}, "every must be"),
+        ({"optimizer": "adamw", "rho": 0.0, "every": 2}, "every must be an integer >= 1, and 1 for adamw"),
+        ({"optimizer": "adamw", "rho": 0.0, "norms_only": True}, "norms_only must be False for adamw"),
+        ({"scale_biases": False}, "scale_biases must be True unless the optimizer is asam"),
+        ({"rho": math.inf}, "rho must be"),
+        ({"decay": 0.9}, "decay must be in"),
+        ({"micro_batch": 0}, "micro_batch must be"),
+        ({"average": "mean"}, "average must be one of none, ema, swa"),
+        ({"average": "ema", "decay": 1.0}, "decay must be in"),
+        ({"validate_every": 0}, "validate_every must be"),
         ({"weight_decay": -1.0}, "weight_decay must be"),
     ],
 )
 def test_a_recipe_checks_itself(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(RECIPE, **change)
+
+
+def test_equal_recipes_have_one_key() -> None:
+    whole = dataclasses.replace(RECIPE, rho=1, lr=1, weight_decay=0)
+    assert repr(whole) == repr(dataclasses.replace(RECIPE, rho=1.0, lr=1.0, weight_decay=0.0))
 
 
 def test_unknown_task_is_a_key_error(tiny: Any, tmp_path: Path) -> None:

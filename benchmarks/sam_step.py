@@ -1,0 +1,165 @@
+"""What a step of SAM costs beyond its two gradients: `python -m benchmarks.sam_step`.
+
+The floor is two forward and backward passes and one step of AdamW. Every implementation takes its step in turn with
+the floor, round by round; printed is the median of the paired ratios. Launches are operators called beyond the floor's;
+memory is the peak of a fresh process beyond the floor's, in units of one copy of the parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import pandas as pd
+import pytorch_optimizer
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from samlib import clip
+from samlib.sam import SAM
+
+EVERY = 4  # of the variant that climbs in every k-th step only
+RHO, ETA = 0.05, 0.01
+Step = Callable[[], object]
+
+
+def network(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """A randomly initialised image encoder and a batch of noise."""
+    torch.manual_seed(0)
+    if name == "testbed":
+        return clip.build()[1].train(), torch.rand(batch_size, 3, 32, 32)
+    return open_clip.create_model("ViT-B-32", pretrained=None).visual.train(), torch.rand(batch_size, 3, 224, 224)
+
+
+def steps(name: str, batch_size: int) -> tuple[dict[str, Step], nn.Module]:
+    """The ways to take a step, all on one network; the base optimiser is AdamW throughout."""
+    model, images = network(name, batch_size)
+
+    def gradient() -> Tensor:
+        loss = model(images).square().mean()
+        loss.backward()
+        return loss
+
+    def adamw() -> torch.optim.AdamW:
+        return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    floor_base, plain_base = adamw(), adamw()
+
+    def floor() -> None:
+        for _ in range(2):
+            floor_base.zero_grad()
+            gradient()
+        floor_base.step()
+
+    @torch.no_grad()
+    def per_tensor() -> None:
+        """SAM the obvious way: one tensor after the other."""
+        parameters = list(model.parameters())
+        plain_base.zero_grad()
+        with torch.enable_grad():
+            gradient()
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        kept = []
+        for p in parameters:
+            kept.append(p.clone())
+            if p.grad is not None:
+                p.add_(p.grad * (RHO / (norm + 1e-12)))
+        plain_base.zero_grad()
+        with torch.enable_grad():
+            gradient()
+        for p, w in zip(parameters, kept, strict=True):
+            p.copy_(w)
+        plain_base.step()
+
+    theirs = pytorch_optimizer.SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-6, fused=True)
+
+    def library() -> None:
+        theirs.zero_grad()
+        gradient()
+        theirs.step(gradient)  # type: ignore[arg-type]
+
+    ours, adaptive = SAM(adamw(), RHO), SAM(adamw(), RHO, adaptive=True, eta=ETA)
+    seldom = SAM(adamw(), RHO, every=EVERY)
+    ways: dict[str, Step] = {
+        "floor": floor,
+        "samlib SAM": lambda: ours.step(gradient),
+        "samlib ASAM": lambda: adaptive.step(gradient),
+        f"samlib SAM, every {EVERY}": lambda: [seldom.step(gradient) for _ in range(EVERY)],
+        "pytorch_optimizer SAM": library,
+        "one tensor at a time": per_tensor,
+    }
+    return ways, model
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators, apart from those that only make room or look."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name not in ("empty_like", "detach", "view", "alias", "t", "transpose", "_local_scalar_dense")
+        return func(*args, **(kwargs or {}))
+
+
+def peak(name: str, batch_size: int, way: str) -> int:
+    """Peak memory in bytes of a process that takes two steps."""
+    step = steps(name, batch_size)[0][way]
+    for _ in range(2):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(name: str, batch_size: int, rounds: int) -> pd.DataFrame:
+    """One row a way of taking a step."""
+    ways, model = steps(name, batch_size)
+    spent: dict[str, list[float]] = {way: [] for way in ways}
+    for n in range(rounds + 1):  # the first warms up
+        for way, step in ways.items():
+            begun = time.perf_counter()
+            step()
+            if n:
+                spent[way].append(time.perf_counter() - begun)
+    calls = {}
+    for way, step in ways.items():
+        with Calls() as counter:
+            step()
+        calls[way] = counter.count
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        peaks = {way: fresh.apply(peak, (name, batch_size, way)) for way in ways}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = {}
+    for way in ways:
+        ratios = [a / b for a, b in zip(spent[way], spent["floor"], strict=True)]
+        fewer = EVERY if "every" in way else 1
+        rows[way] = {
+            "time / floor": statistics.median(ratios) / fewer,
+            "low": min(ratios) / fewer,
+            "high": max(ratios) / fewer,
+            "launches - floor": calls[way] - calls["floor"] if fewer == 1 else None,
+            "memory - floor": (peaks[way] - peaks["floor"]) / size,
+        }
+    one = statistics.median(spent["floor"])
+    print(f"\n{name}, {len(list(model.parameters()))} tensors, batch of {batch_size}, floor {one:.3f} s a step")
+    print(f"(every {EVERY}: a step costs at least {(1 + 1 / EVERY) / 2:.3f} of the floor)")
+    return pd.DataFrame(rows).T
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    a = parser.parse_args()
+    for name, batch_size in (("ViT-B-32", 16), ("testbed", 32)):
+        print(measure(name, batch_size, a.rounds).round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()
