@@ -82,7 +82,7 @@ _PUBLISHED = Preset(
     lr=5e-4,
     precision="fp32",
     jobs=None,
-    note="hours on two cores, resumable; five seeds, the numbers in the book",
+    note="about five hours on two cores, resumable; five seeds, the numbers in the book",
 )
 
 PRESETS: dict[str, Preset] = {
@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
             steps=256,
             lengths=(1.0,),
             xi_grid=_grid(-2, 2, 9),
-            note="by estimate a quarter of an hour on two cores; one seed, training cut short",
+            note="a quarter of an hour on two cores; one seed, training cut short",
         ),
         _PUBLISHED,
         Preset(
