@@ -52,8 +52,9 @@ class SAM:
     Attributes:
         last: scalar tensors of the last step: `loss` (at w), `loss_perturbed` (at w + eps, or at w where there was no
             climb), `grad_norm` (||g|| at w); on request `cosine` (between g and the gradient at w + eps, 0 if one of
-            them is) and `eps_norm` (||eps||). With several climbs a step, the first three are summed and the others
-            averaged: since each closure divides by n, all are means over the micro-batches.
+            them is; with data parallelism between the process's own g and the averaged gradient at w + eps) and
+            `eps_norm` (||eps||). With several climbs a step, the first three are summed and the others averaged:
+            since each closure divides by n, all are means over the micro-batches.
         steps: steps done.
         skipped: steps without an update, because a gradient was not finite.
 
