@@ -51,7 +51,8 @@ def load(path: Path, owner: str, tensors: Mapping[str, Tensor], optimizer: Optim
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             found = {name: file.get_tensor(name) for name in file.keys()}
-        saved_by, facts = metadata["owner"], json.loads(metadata["facts"])
+        saved_by = metadata["owner"]
+        facts: dict[str, Any] = json.loads(metadata["facts"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise unreadable(path) from error
     if saved_by != owner:
@@ -70,5 +71,4 @@ def load(path: Path, owner: str, tensors: Mapping[str, Tensor], optimizer: Optim
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(found[name])
-    found_facts: dict[str, Any] = facts
-    return found_facts
+    return facts

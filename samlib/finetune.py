@@ -168,10 +168,8 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
     looks: list[dict[str, float]] = []
     if partial_file.exists():
         facts = checkpoint.load(partial_file, owner, tensors, optimizer.base)
-        start, seconds, looks = facts["step"], facts["seconds"], facts["looks"]
-        optimizer.steps, optimizer.skipped = start, facts["skipped"]
-        if optimizer.scaler:
-            optimizer.scaler.load_state_dict(facts["scaler"])
+        optimizer.load_state_dict({"base": optimizer.base.state_dict(), **facts["optimizer"]})
+        start, seconds, looks = optimizer.steps, facts["seconds"], facts["looks"]
         if averaged:
             averaged.n_averaged.fill_(facts["averaged"])
 
@@ -218,8 +216,8 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
             look(step)
         if time.monotonic() - saved > CHECKPOINT_SECONDS and not last and _rank() == 0:
             saved = time.monotonic()
-            facts = {"step": step + 1, "seconds": seconds + saved - begun, "skipped": optimizer.skipped, "looks": looks}
-            facts["scaler"] = optimizer.scaler.state_dict() if optimizer.scaler else {}
+            facts = {"seconds": seconds + saved - begun, "looks": looks}
+            facts["optimizer"] = {name: x for name, x in optimizer.state_dict().items() if name != "base"}
             facts["averaged"] = int(averaged.n_averaged) if averaged else 0
             checkpoint.save(partial_file, owner, tensors, optimizer.base, facts)
 

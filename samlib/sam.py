@@ -233,7 +233,7 @@ class SAM:
 
     def _gradient(self, closures: Sequence[Closure], rho: float) -> tuple[bool, dict[str, Tensor]]:
         """Leave in `.grad` the gradient that updates; say whether it is finite, and what was measured on the way."""
-        random_state = self._random_state() if self.same_noise else []
+        random_state = self._random_state() if self.same_noise and rho > 0 else []
         with self._unsynchronised(rho > 0):
             loss = self._measure(closures)
         norm = _norm(self._gradients())

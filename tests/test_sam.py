@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import pytorch_optimizer
@@ -12,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.sam_step import Calls
 from samlib.sam import SAM, norm_parameters
 
 
@@ -474,17 +473,6 @@ def test_diagnostics_are_the_quantities_they_name() -> None:
     assert last["loss_perturbed"] == pytest.approx((0.5 * (w_0 + eps) @ A @ (w_0 + eps)).item())
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operators that write numbers; allocations and views launch no kernel."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.count += name not in ("empty_like", "detach", "view", "alias", "_local_scalar_dense")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("scale_biases", [True, False])
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_the_ascent_takes_at_most_twelve_kernel_launches_for_144_tensors(adaptive: bool, scale_biases: bool) -> None:
@@ -492,7 +480,7 @@ def test_the_ascent_takes_at_most_twelve_kernel_launches_for_144_tensors(adaptiv
     for p in parameters:
         p.grad = torch.randn_like(p)
     optimizer = SAM(sgd(*parameters), 0.1, adaptive, scale_biases=scale_biases)
-    with Launches() as launches:
+    with Calls() as launches:
         optimizer.perturb()
         optimizer.restore()
     assert 0 < launches.count <= 12
