@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -93,7 +94,7 @@ def steps(name: str, batch_size: int) -> tuple[dict[str, Step], nn.Module]:
 
     ours, adaptive = SAM(adamw(), RHO), SAM(adamw(), RHO, adaptive=True, eta=ETA)
     seldom = SAM(adamw(), RHO, every=EVERY)
-    watched = SAM(adamw(), RHO, model=model, same_noise=True, diagnose=True)  # as samlib.finetune uses it
+    watched = SAM(adamw(), RHO, diagnose=True)
     ways: dict[str, Step] = {
         "floor": floor,
         "AdamW": one_gradient,
@@ -119,15 +120,17 @@ class Calls(TorchDispatchMode):
 
 
 def peak(name: str, batch_size: int, way: str) -> int:
-    """Peak memory in bytes of a process that takes two steps."""
+    """Peak memory in bytes of two steps in a process of their own (Linux only)."""
     step = steps(name, batch_size)[0][way]
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, that of building the network
     for _ in range(2):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
-def measure(name: str, batch_size: int, rounds: int) -> pd.DataFrame:
-    """One row a way of taking a step."""
+def timings(name: str, batch_size: int, rounds: int) -> pd.DataFrame:
+    """One row a way of taking a step: time and launches."""
     ways, model = steps(name, batch_size)
     spent: dict[str, list[float]] = {way: [] for way in ways}
     for n in range(rounds + 1):  # the first warms up
@@ -141,26 +144,30 @@ def measure(name: str, batch_size: int, rounds: int) -> pd.DataFrame:
         with Calls() as counter:
             step()
         calls[way] = counter.count
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-        peaks = {way: fresh.apply(peak, (name, batch_size, way)) for way in ways}
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"\n{name}, {len(list(model.parameters()))} tensors, batch of {batch_size}, ", end="")
+    print(f"floor {statistics.median(spent['floor']):.3f} s a step")
     rows = {}
     for way in ways:
-        ratios = [a / b for a, b in zip(spent[way], spent["floor"], strict=True)]
         fewer = EVERY if "every" in way else 1
-        plain = [a / b for a, b in zip(spent[way], spent["AdamW"], strict=True)]
+        ratios = [a / b / fewer for a, b in zip(spent[way], spent["floor"], strict=True)]
+        plain = [a / b / fewer for a, b in zip(spent[way], spent["AdamW"], strict=True)]
         rows[way] = {
-            "time / floor": statistics.median(ratios) / fewer,
-            "time / AdamW": statistics.median(plain) / fewer,
-            "low": min(ratios) / fewer,
-            "high": max(ratios) / fewer,
+            "time / floor": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+            "time / AdamW": statistics.median(plain),
             "launches - floor": calls[way] - calls["floor"] if fewer == 1 else None,
-            "memory - floor": (peaks[way] - peaks["floor"]) / size,
         }
-    one = statistics.median(spent["floor"])
-    print(f"\n{name}, {len(list(model.parameters()))} tensors, batch of {batch_size}, floor {one:.3f} s a step")
-    print(f"(every {EVERY}: a step costs at least {1 + 1 / EVERY} times one of AdamW)")
     return pd.DataFrame(rows).T
+
+
+def memory(name: str, batch_size: int) -> pd.Series[float]:
+    """Peak of each way beyond the floor's, in copies of the parameters."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        ways, model = steps(name, batch_size)
+        peaks = {way: fresh.apply(peak, (name, batch_size, way)) for way in ways}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return pd.Series({way: (value - peaks["floor"]) / size for way, value in peaks.items()})
 
 
 def main() -> None:
@@ -168,8 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     a = parser.parse_args()
-    for name, batch_size in (("ViT-B-32", 16), ("testbed", 32)):
-        print(measure(name, batch_size, a.rounds).round(3).to_string())
+    networks = (("ViT-B-32", 16), ("testbed", 32))
+    for name, batch_size in networks:
+        print(timings(name, batch_size, a.rounds).round(3).to_string(), flush=True)
+    print(f"(every {EVERY}: a step costs at least {1 + 1 / EVERY} times one of AdamW)")
+    for name, batch_size in networks:
+        print(f"\n{name}: peak memory beyond the floor's, in copies of the parameters")
+        print(memory(name, batch_size).round(2).to_string(), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from samlib.batches import augment, batch_indices, lr_at
 from samlib.clip import Clip, Theta
 from samlib.recipe import SWA_SHARE, Recipe
 
-COLUMNS = ("loss", "loss_perturbed", "grad_norm", "cosine", "eps_norm")  # of the log, measured at every step
+COLUMNS = ("loss", "loss_perturbed", "grad_norm")  # of the log, measured at every step
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTS = ("seconds", "train_loss", "train_accuracy", "skipped")  # of a result, beside weights and log
 CHECKPOINT_SECONDS = 60.0
@@ -46,9 +46,9 @@ class Finetuned:
         recipe: what was asked for.
         theta: the encoder's parameters after the last step (their average, if the recipe asks for one), on the CPU.
         best: those of the look at the validation split with the best accuracy, None without looks.
-        log: one row a step: step, loss, loss_perturbed (equal to loss where there is no climb), grad_norm, cosine (of
-            the gradients before and after the climb), eps_norm (length of the climb), lr, and where the recipe
-            looks at the validation split, validation_loss and validation_accuracy.
+        log: one row a step: step, loss, loss_perturbed (equal to loss where there is no climb), grad_norm and lr; where
+            the recipe diagnoses, cosine (of the gradients before and after the climb) and eps_norm (length of the
+            climb); where it looks at the validation split, validation_loss and validation_accuracy.
         seconds: wall time of the training.
         train_loss: mean cross-entropy on the training images without augmentation, in nats.
         train_accuracy: accuracy on them, in [0, 1].
@@ -159,7 +159,8 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
     optimizer = _optimizer(recipe, model, encoder, device)
     averaged = _averaged(recipe, encoder)
     best = {f"best/{name}": w for name, w in clip_module.theta(encoder).items()} if recipe.validate_every else {}
-    history = torch.full((recipe.steps, len(COLUMNS)), torch.nan, device=device)
+    columns = [*COLUMNS, *sam.MEANS] if recipe.diagnose else [*COLUMNS]
+    history = torch.full((recipe.steps, len(columns)), torch.nan, device=device)
     tensors = {"history": history, **best}
     tensors |= {f"theta/{name}": p for name, p in encoder.named_parameters()}
     tensors |= {f"average/{name}": p for name, p in averaged.module.named_parameters()} if averaged else {}
@@ -205,7 +206,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
         last = step + 1 == recipe.steps
         if averaged and (recipe.average == "ema" or step >= (1 - SWA_SHARE) * recipe.steps or last):
             averaged.update_parameters(encoder)
-        history[step] = torch.stack([optimizer.last[name] for name in COLUMNS])
+        history[step] = torch.stack([optimizer.last[name] for name in columns])
         if _processes() > 1:
             torch.distributed.all_reduce(history[step])
             history[step] /= _processes()
@@ -224,7 +225,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
     train_accuracy, train_loss = _score(encoder, averaged, train, head)
     if not math.isfinite(train_loss):
         raise _diverged(recipe, recipe.steps)
-    log = pd.DataFrame(history.cpu().numpy(), columns=list(COLUMNS))
+    log = pd.DataFrame(history.cpu().numpy(), columns=columns)
     log.insert(0, "step", range(recipe.steps))
     log["lr"] = [lr_at(step, recipe.steps, recipe.lr, recipe.warmup) for step in range(recipe.steps)]
     for what in ("loss", "accuracy") if looks else ():
@@ -257,7 +258,7 @@ def _optimizer(recipe: Recipe, model: nn.Module, encoder: nn.Module, device: tor
         synchronise=recipe.shared_climb,
         noise=partial(batches.generator, "noise", recipe.seed, own) if recipe.optimizer == "rwp" else None,
         same_noise=True,
-        diagnose=True,
+        diagnose=recipe.diagnose,
     )
 
 

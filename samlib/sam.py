@@ -100,6 +100,7 @@ class SAM:
         self.steps, self.skipped = 0, 0
         self._draw: torch.Generator | None = None
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None  # (parameters, their values at w)
+        self._room: dict[Tensor, Tensor] = {}  # kept for those values: new memory costs more than a copy
         parameters = self._parameters()
         if not parameters:
             raise ValueError("the base optimiser has no parameter with requires_grad=True")
@@ -163,6 +164,8 @@ class SAM:
     def perturb(self, rho: float | None = None) -> None:
         """Move the weights from w to w + eps, with g taken from `.grad`; a zero g moves nothing.
 
+        ASAM leaves T^2 g in `.grad`, which spares a copy of the parameters; the second pass clears it.
+
         Args:
             rho: radius, by default that of the schedule.
 
@@ -179,18 +182,18 @@ class SAM:
             draw = self._draw or self.noise(self.steps)
             direction = [torch.randn(p.shape, dtype=p.dtype, generator=draw).to(p.device) for p in params]
         scaled = [i for i, p in enumerate(params) if self.adaptive and (self.scale_biases or p.ndim > 1)]
-        if scaled:
-            scale = torch._foreach_abs([params[i] for i in scaled])
-            torch._foreach_add_(scale, self.eta)  # T = |w| + eta
-            products = torch._foreach_mul([direction[i] for i in scaled], scale)
-            for i, product in zip(scaled, products, strict=True):
-                direction[i] = product  # T g
+        values = [self._kept(p) for p in params]
+        scale, stretched = [values[i] for i in scaled], [direction[i] for i in scaled]
+        if scaled:  # where w will be kept there is room for T = |w| + eta first
+            torch._foreach_copy_(scale, [params[i] for i in scaled])
+            torch._foreach_abs_(scale)
+            torch._foreach_add_(scale, self.eta)
+            torch._foreach_mul_(stretched, scale)  # T g
         norm = _norm(direction).item() if direction else 0.0
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient at w is not finite (norm {norm})")
         if scaled:
-            torch._foreach_mul_(products, scale)  # T^2 g
-        values = [torch.empty_like(p) for p in params]
+            torch._foreach_mul_(stretched, scale)  # T^2 g
         if params:
             torch._foreach_copy_(values, params)
         self._saved = (params, values)
@@ -331,6 +334,11 @@ class SAM:
         rho = self.rho(self.steps) if callable(self.rho) else self.rho
         _check_radius(rho)
         return rho
+
+    def _kept(self, p: Tensor) -> Tensor:
+        if p not in self._room:
+            self._room[p] = torch.empty_like(p)
+        return self._room[p]
 
     def _loss_scale(self) -> float:
         return self.scaler.get_scale() if self.scaler else 1.0

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import socket
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from samlib import batches, cache, checkpoint, clip, finetune, tasks
+from samlib import batches, cache, checkpoint, clip, finetune, sam, tasks
 from samlib.finetune import finetune_many
 from samlib.recipe import OPTIMIZERS, Recipe
 
@@ -104,7 +104,7 @@ def test_augmentation_depends_on_its_generator_alone() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_fine_tuning_learns_the_task(optimizer: str, tiny: Any, tmp_path: Path) -> None:
     rho = {"adamw": 0.0, "sam": 0.05, "asam": 0.5, "rwp": 0.05}[optimizer]
-    recipe = Recipe("warm", optimizer, steps=60, rho=rho, lr=1e-2, batch_size=32)
+    recipe = Recipe("warm", optimizer, steps=60, rho=rho, lr=1e-2, batch_size=32, diagnose=True)
     done = finetune.finetune(recipe, tiny, "cpu", tmp_path)
     task = tasks.load("warm")
     head = clip.zero_shot_head(tiny, task)
@@ -112,6 +112,9 @@ def test_fine_tuning_learns_the_task(optimizer: str, tiny: Any, tmp_path: Path) 
     logits = clip.logits(tiny.encoder, done.theta, task.train.images, head)
     assert done.train_loss == pytest.approx(F.cross_entropy(logits, task.train.labels).item(), rel=1e-6)
     assert list(done.log.columns) == ["step", "loss", "loss_perturbed", "grad_norm", "cosine", "eps_norm", "lr"]
+    undiagnosed = finetune.finetune(dataclasses.replace(recipe, diagnose=False), tiny, "cpu", tmp_path)
+    assert same(done.theta, undiagnosed.theta)  # looking changes nothing
+    assert undiagnosed.log.equals(done.log.drop(columns=["cosine", "eps_norm"]))
     assert done.log["step"].tolist() == list(range(60))
     assert done.log["loss"].iloc[-5:].max() < done.log["loss"].iloc[:5].min()
     higher = (done.log["loss_perturbed"] > done.log["loss"]).mean()
@@ -276,7 +279,7 @@ def test_averaged_weights_are_the_average_of_the_path(
 
 
 def test_climbing_seldom_or_in_few_parameters_is_another_algorithm(tiny: Any, tmp_path: Path) -> None:
-    seldom = train(tiny, tmp_path, every=5)
+    seldom = train(tiny, tmp_path, every=5, diagnose=True)
     assert (seldom.log["eps_norm"] > 0).tolist() == [step % 5 == 0 for step in range(12)]
     assert Recipe("warm", "sam", 12, 0.1, every=5).gradients == 12 + 3
     assert RECIPE.gradients == 24 and Recipe("warm", "adamw", 12).gradients == 12
@@ -325,8 +328,8 @@ def _overflow_on_one(rank: int) -> None:
 
 def test_two_processes_compute_what_one_computes_in_two_parts(tiny: Any, tmp_path: Path) -> None:
     """Unsynchronised climbs are m-sharpness over the processes, synchronised ones SAM on the whole batch."""
-    more = {"micro_batch": 4, "every": 2, "average": "ema"}
-    two = [dataclasses.replace(RECIPE, **change) for change in ({}, {"shared_climb": True}, more)]
+    changes: list[dict[str, Any]] = [{}, {"shared_climb": True}, {"micro_batch": 4, "every": 2, "average": "ema"}]
+    two = [dataclasses.replace(RECIPE, diagnose=True, **change) for change in changes]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -340,7 +343,7 @@ def test_two_processes_compute_what_one_computes_in_two_parts(tiny: Any, tmp_pat
         )
         assert difference(one.theta, thetas[recipe]) < 1e-5
         log = pd.read_parquet(file.with_name("log.parquet"))
-        for column in finetune.COLUMNS:
+        for column in (*finetune.COLUMNS, *sam.MEANS):
             if column == "cosine" and not recipe.shared_climb:
                 continue  # a process's own first gradient beside the averaged second one
             if column == "grad_norm" and recipe.every > 1:
@@ -457,46 +460,55 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 def _killed(tiny: Any, recipe: Recipe, folder: Path, step: int, place: str) -> None:
     """Fine-tune and die, like a process that runs out of memory, at one place of one step."""
     finetune.CHECKPOINT_SECONDS = -1.0  # a checkpoint after every step
-    counter = count(0)
+    now = -1
 
-    def die_at(name: str, after: Path | None = None) -> None:
-        if place == name:
-            if after:
-                after.write_bytes(b"half a file")
+    def die_at(name: str, half: Path | None = None) -> None:
+        if place == name and now >= step:
+            if half:
+                half.write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def indices(n: int, batch_size: int, seed: int, now: int) -> Tensor:
-        if now >= step:
-            die_at("before the step")
+    def indices(n: int, batch_size: int, seed: int, coming: int) -> Tensor:
+        nonlocal now
+        now = coming
+        die_at("before the step")
         return batches.batch_indices(n, batch_size, seed, now)
 
-    def save(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
-        if next(counter) == 1:
-            die_at("while writing", path)
+    def restore(optimizer: finetune.sam.SAM) -> None:
+        die_at("at w + eps")
+        restored(optimizer)
+
+    def checkpointing(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
+        die_at("writing the checkpoint", path)
         save_file(tensors, path, metadata)
 
-    def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-        if next(counter) > 1:
-            die_at("between two checkpoints")
-        return batches.augment(images, generator)
+    def writing(tensors: Any, path: Path) -> None:
+        die_at("writing the result", path)
+        save_file(tensors, path)
 
-    finetune.batch_indices, finetune.checkpoint.save_file, finetune.augment = indices, save, augmented
+    restored = finetune.sam.SAM.restore
+    finetune.sam.SAM.restore = restore  # type: ignore[method-assign]
+    finetune.batch_indices, finetune.checkpoint.save_file, finetune.save_file = indices, checkpointing, writing
     finetune.finetune(recipe, tiny, "cpu", folder)
 
 
-def test_a_run_killed_ten_times_ends_in_the_same_bits(tiny: Any, tmp_path: Path) -> None:
+def test_a_run_killed_fourteen_times_ends_in_the_same_bits(tiny: Any, tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, steps=40, average="ema", validate_every=7)
     whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["samlib.finetune", "tests.conftest"])
-    steps = torch.randperm(36, generator=torch.Generator().manual_seed(1))[:12].sort().values.tolist()
-    places = ("before the step", "while writing", "between two checkpoints")
-    for i, step in enumerate(steps):
-        child = processes.Process(target=_killed, args=(tiny, recipe, tmp_path / "killed", step, places[i % 3]))
+    steps = torch.randperm(39, generator=torch.Generator().manual_seed(1))[:12].sort().values.tolist()
+    places = ("before the step", "at w + eps", "writing the checkpoint")
+    deaths = [(step, places[i % 3]) for i, step in enumerate(steps)] + 2 * [(39, "writing the result")]
+    for step, place in deaths:
+        child = processes.Process(target=_killed, args=(tiny, recipe, tmp_path / "killed", step, place))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-    assert list((tmp_path / "killed" / "finetune").glob("*.partial.safetensors"))
+        (saved,) = (tmp_path / "killed" / "finetune").glob("*.partial.safetensors")
+        with safe_open(saved, "pt") as file:
+            done = json.loads(file.metadata()["facts"])["optimizer"]["steps"]
+        assert done == step  # it died where it was meant to, with the steps before it saved
     resumed = finetune.finetune(recipe, tiny, "cpu", tmp_path / "killed")
     assert same(whole.theta, resumed.theta) and whole.log.equals(resumed.log)
     assert whole.best is not None and resumed.best is not None and same(whole.best, resumed.best)
