@@ -83,12 +83,14 @@ def code(*names: str) -> dict[str, str]:
     """Source of samlib's modules without comments and docstrings, so that editing prose renames no result.
 
     Args:
-        names: modules such as "sam".
+        names: modules such as "sam", or packages such as "merge".
 
     Returns:
         Module name -> source.
     """
-    return {name: without_prose(Path(__file__).with_name(f"{name}.py").read_text("utf-8")) for name in names}
+    here = Path(__file__).parent
+    files = {name: sorted((here / name).glob("*.py")) or [here / f"{name}.py"] for name in names}
+    return {name: "".join(without_prose(path.read_text("utf-8")) for path in files[name]) for name in names}
 
 
 def without_prose(source: str) -> str:

@@ -159,7 +159,7 @@ def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
             "mean": sum(single) / len(single),
             "normalised": 1.0,
         },
-        "averaging": row(average(thetas))[0],
+        "averaging": row(average(theta_0, thetas))[0],
         "task arithmetic": arithmetic,
         "TIES": trimmed,
         "validation": {"single": sum(single_validation) / len(thetas), "task arithmetic": merged_validation},

@@ -1,14 +1,30 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from samlib.merge import average, choose_lambda, task_arithmetic, task_vector, ties
+import samlib.merge
+from samlib import clip
+from samlib.merge import (
+    METHODS,
+    average,
+    choose_lambda,
+    dare,
+    iso_c,
+    model_stock,
+    task_arithmetic,
+    task_vector,
+    ties,
+    tsv_m,
+)
+from samlib.merge.ties import kth_largest
 
 Theta = dict[str, Tensor]
 
@@ -53,15 +69,16 @@ def test_the_order_of_the_tensors_does_not_matter() -> None:
     theta_0, thetas = theta(1, 2, 3, 4, 5, 6), [theta(2, 0, 3, 4, 9, 6), theta(1, 5, 3, 3, 5, 8)]
     other = [dict(sorted(weights.items())) for weights in thetas]  # "bias" first
     assert list(other[0]) != list(theta_0)
-    methods = (lambda t: average([theta_0, *t]), lambda t: task_arithmetic(theta_0, t, 0.5), lambda t: ties(theta_0, t))
+    methods = (lambda t: average(theta_0, t), lambda t: task_arithmetic(theta_0, t, 0.5), lambda t: ties(theta_0, t))
     for method in methods:
         merged, expected = method(other), method(thetas)
         assert list(merged) == list(theta_0) and all(torch.equal(merged[name], expected[name]) for name in theta_0)
 
 
 def test_ties_keeps_exactly_k_the_first_of_equal_magnitudes() -> None:
-    merged = ties(theta(0, 0, 0, 0, 0, 0), [theta(1, -1, 1, 2, -1, 1)], density=0.5)
-    assert flat(merged) == [1, -1, 0, 2, 0, 0]
+    """ "bias" comes before "weight"."""
+    merged = ties(theta(0, 0, 0, 0, 0, 0), [theta(1, -1, 1, 2, -1, 0)], density=0.5)
+    assert flat(merged) == [1, 0, 0, 2, -1, 0]
 
 
 def test_ties_leaves_a_tied_vote_alone_and_trims_over_all_tensors_together() -> None:
@@ -80,7 +97,7 @@ def test_density_one_and_one_task_give_the_task_back() -> None:
 @given(vectors, tasks)
 def test_average_is_task_arithmetic_with_lam_one_over_t(theta_0: Theta, thetas: list[Theta]) -> None:
     arithmetic = task_arithmetic(theta_0, thetas, 1 / len(thetas))
-    assert flat(arithmetic) == pytest.approx(flat(average(thetas)), abs=1e-5)
+    assert flat(arithmetic) == pytest.approx(flat(average(theta_0, thetas)), abs=1e-5)
 
 
 @given(vectors, tasks)
@@ -92,7 +109,7 @@ def test_lam_zero_gives_theta_0(theta_0: Theta, thetas: list[Theta]) -> None:
 @given(vectors, tasks, st.sampled_from([0.2, 0.5, 1.0]))
 def test_the_order_of_the_tasks_changes_nothing(theta_0: Theta, thetas: list[Theta], density: float) -> None:
     for order in itertools.permutations(thetas):
-        assert flat(average(list(order))) == flat(average(thetas))
+        assert flat(average(theta_0, list(order))) == flat(average(theta_0, thetas))
         assert flat(task_arithmetic(theta_0, order, 0.5)) == flat(task_arithmetic(theta_0, thetas, 0.5))
         assert flat(ties(theta_0, order, 0.5, density)) == flat(ties(theta_0, thetas, 0.5, density))
 
@@ -122,42 +139,152 @@ def test_merging_keeps_order_dtype_and_its_arguments() -> None:
     assert all((w == 0).all() for w in theta_0.values())
 
 
+FREE = [method.name for method in METHODS.values() if method.plan]
+BACK = ("average", "task_arithmetic", "ties", "consensus", "dare")  # give a single task back, with these settings
+SETTINGS: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {"lam": 1.0},
+    "ties": {"density": 1.0},
+    "consensus": {"lam": 1.0, "agree": 1, "mask_lam": 0.4},
+    "dare": {"lam": 1.0, "drop": 0.0},
+    "wudi": {"steps": 5},
+}
+
+
+def test_the_registry_is_complete() -> None:
+    assert set(FREE) == {
+        *("average", "task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts", "wudi"),
+        *("consensus", "model_stock"),
+    }
+    assert {m.name for m in METHODS.values() if not m.plan} == {"fisher", "regmean", "adamerging"}
+    for method in METHODS.values():
+        assert callable(getattr(samlib.merge, method.name)) and method.source and method.needs
+        for name, (allowed, holds) in method.rules.items():
+            assert holds(method.defaults[name]) and allowed
+            assert not holds(math.nan) and not holds("nonsense")
+
+
+@given(vectors, st.lists(vectors, min_size=2, max_size=3), st.sampled_from(FREE))
+def test_lam_zero_gives_theta_0_for_every_method_that_has_one(theta_0: Theta, thetas: list[Theta], name: str) -> None:
+    if "lam" in METHODS[name].defaults:
+        merged = getattr(samlib.merge, name)(theta_0, thetas, **SETTINGS.get(name, {}) | {"lam": 0.0})
+        assert flat(merged) == flat(theta_0)
+
+
+@given(vectors, st.lists(vectors, min_size=2, max_size=3), st.sampled_from(sorted(set(FREE) - {"dare"})))
+def test_permuting_the_tasks_changes_nothing(theta_0: Theta, thetas: list[Theta], name: str) -> None:
+    """Apart from rounding, and from singular vectors that share a singular value; DARE draws by place."""
+    method, settings = getattr(samlib.merge, name), SETTINGS.get(name, {})
+    taus = [task_vector(theta, theta_0)["weight"] for theta in thetas]
+    if name in ("tsv_m", "iso_c", "iso_cts"):
+        gaps = [s.diff().abs().min() for s in map(torch.linalg.svdvals, [*taus, sum(taus)])]
+        smallest = [torch.linalg.svdvals(tau).min() for tau in [*taus, sum(taus)]]
+        assume(min(gaps) > 0.1 and min(smallest) > 0.1)
+    merged = flat(method(theta_0, thetas, **settings))
+    for order in itertools.permutations(thetas):
+        assert flat(method(theta_0, list(order), **settings)) == pytest.approx(merged, abs=1e-3)
+
+
+@given(vectors, vectors, st.sampled_from(BACK))
+def test_one_task_comes_back(theta_0: Theta, theta_t: Theta, name: str) -> None:
+    merged = getattr(samlib.merge, name)(theta_0, [theta_t], **SETTINGS.get(name, {}))
+    assert flat(merged) == pytest.approx(flat(theta_t), abs=1e-5)
+
+
+def test_spectral_methods_keep_or_flatten_one_task() -> None:
+    theta_0, theta_1 = theta(0, 0, 0, 0, 0, 0), theta(3, 0, 0, 1, 5, 6)
+    assert flat(tsv_m(theta_0, [theta_1])) == pytest.approx([3, 0, 0, 1, 5, 6], abs=1e-6)
+    assert flat(iso_c(theta_0, [theta_1])) == pytest.approx([2, 0, 0, 2, 5, 6], abs=1e-6)
+
+
+def test_half_precision_is_combined_in_fp32_and_returned_in_its_dtype() -> None:
+    theta_0 = {"w": torch.ones(5, dtype=torch.bfloat16)}
+    thetas = [{"w": torch.full((5,), 1 + 2**-7, dtype=torch.bfloat16)} for _ in range(3)]
+    merged = task_arithmetic(theta_0, thetas, 1.0)["w"]
+    assert merged.dtype == torch.bfloat16 and (merged == 1 + 3 * 2**-7).all()
+
+
+@given(st.lists(st.floats(0, 3, width=32), min_size=1, max_size=40), st.data())
+def test_the_kth_largest_is_that_of_sorting(numbers: list[float], data: st.DataObject) -> None:
+    """In one row and in parts of any size, also with equal numbers, fp32 and fp64."""
+    k = data.draw(st.integers(0, len(numbers)))
+    cut = data.draw(st.integers(0, len(numbers)))
+    for dtype in (torch.float32, torch.float64):
+        rows = torch.tensor([numbers, numbers[::-1]], dtype=dtype).round(decimals=1)
+        found, surplus = kth_largest(lambda rows=rows: iter([rows[:, :cut], rows[:, cut:]]), k)
+        expected = rows[0].sort(descending=True).values[k - 1] if k else torch.inf
+        assert found.tolist() == [float(expected)] * 2
+        assert surplus.tolist() == [int((rows[0] >= expected).sum()) - k] * 2
+
+
+def test_ties_over_many_equal_magnitudes_keeps_exactly_its_share() -> None:
+    """As in bf16 checkpoints, where a threshold is shared by many entries."""
+    torch.manual_seed(0)
+    theta_0 = {name: torch.zeros(7, 11) for name in "ab"}
+    thetas = [{name: torch.randint(-3, 4, (7, 11)).float() for name in "ab"} for _ in range(3)]
+    for trim in ("flat", "tensor"):
+        for density in (0.1, 0.2, 0.55, 1.0):
+            for theta in thetas:
+                merged = ties(theta_0, [theta], density=density, trim=trim)
+                kept = [int((w != 0).sum()) for w in merged.values()]
+                could = [int((w != 0).sum()) for w in theta.values()]
+                if trim == "flat":
+                    assert sum(kept) == min(sum(could), int(density * 154))
+                else:
+                    assert kept == [min(c, int(density * 77)) for c in could]
+
+
 def test_bad_weights_are_named() -> None:
     good, zero = theta(1, 2, 3, 4, 5, 6), theta(0, 0, 0, 0, 0, 0)
     cases: list[tuple[Theta, str]] = [
-        ({"weight": good["weight"]}, "'bias' is in one of them only"),
-        ({**good, "extra": torch.ones(1)}, "'extra' is in one of them only"),
-        ({**good, "bias": torch.ones(3)}, r"'bias' is \(3,\)"),
-        ({**good, "bias": torch.ones(2, dtype=torch.float64)}, "'bias' is .*float64"),
-        ({**good, "bias": torch.tensor([1.0, float("nan")])}, "'bias' of weights 1 holds NaN"),
+        ({"weight": good["weight"]}, r"tensor 'bias' is in theta_0 but not in thetas\[1\]"),
+        ({**good, "extra": torch.ones(1)}, r"tensor 'extra' is in thetas\[1\] but not in theta_0"),
+        ({**good, "bias": torch.ones(3)}, r"tensor 'bias' is \(3,\) torch.float32 in thetas\[1\] but \(2,\)"),
+        ({**good, "bias": torch.ones(2, dtype=torch.float64)}, "tensor 'bias' is .*float64"),
+        ({**good, "bias": torch.tensor([1.0, float("nan")])}, r"tensor 'bias' of thetas\[1\] holds NaN"),
     ]
     for bad, message in cases:
-        for merge in (
-            lambda bad=bad: task_vector(bad, zero),
-            lambda bad=bad: average([good, bad]),
-            lambda bad=bad: task_arithmetic(zero, [bad], 0.3),
-            lambda bad=bad: ties(zero, [bad]),
-        ):
+        for name in FREE:
             with pytest.raises(ValueError, match=message):
-                merge()
+                getattr(samlib.merge, name)(zero, [good, bad])
+    with pytest.raises(ValueError, match="tensor 'bias' .* holds NaN"):
+        task_vector(cases[-1][0], zero)
     whole = {"n": torch.ones(2, dtype=torch.int64)}
-    with pytest.raises(ValueError, match="'n' of weights 0 is torch.int64"):
-        average([whole])
+    with pytest.raises(ValueError, match="tensor 'n' of theta_0 is torch.int64: only floating point"):
+        average(whole, [whole])
 
 
 def test_bad_arguments_are_named() -> None:
     zero = theta(0, 0, 0, 0, 0, 0)
-    for merge in (lambda: average([]), lambda: task_arithmetic(zero, [], 0.3), lambda: ties(zero, [])):
+    for name in FREE:
         with pytest.raises(ValueError, match="empty"):
-            merge()
+            getattr(samlib.merge, name)(zero, [])
+        with pytest.raises(ValueError, match="theta_0 holds no tensor"):
+            getattr(samlib.merge, name)({}, [{}, {}])
     for density in (0.0, -0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"density must be in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"ties: density must be a number in \(0, 1\]"):
             ties(zero, [zero], density=density)
-    for lam in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="lam must be a finite number"):
-            task_arithmetic(zero, [zero], lam)
-        with pytest.raises(ValueError, match="lam must be a finite number"):
-            ties(zero, [zero], lam)
+    for lam in (float("nan"), float("inf"), "0.3", True):
+        with pytest.raises(ValueError, match="task_arithmetic: lam must be a finite number"):
+            task_arithmetic(zero, [zero], lam)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="trim must be flat or tensor, not 'none'"):
+        ties(zero, [zero], trim="none")
+    with pytest.raises(ValueError, match="at least two"):
+        model_stock(zero, [zero])
+    with pytest.raises(ValueError, match="drop must be a number in \\[0, 1\\)"):
+        dare(zero, [zero], drop=1.0)
+
+
+def test_methods_with_images_want_as_many_images_and_heads_as_models(tiny: Any) -> None:
+    theta_0 = clip.theta(tiny.encoder)
+    image, head = torch.rand(2, 3, 32, 32), torch.rand(3, 6)
+    for name in ("fisher", "regmean", "adamerging"):
+        method = getattr(samlib.merge, name)
+        with pytest.raises(ValueError, match="2 models, 1 sets of images and 2 heads"):
+            method(tiny.encoder, theta_0, [theta_0] * 2, [image], [head] * 2)
+        with pytest.raises(ValueError, match="at least one image"):
+            method(tiny.encoder, theta_0, [theta_0], [image[:0]], [head])
+    with pytest.raises(ValueError, match="adamerging: objective must be entropy or kl"):
+        samlib.merge.adamerging(tiny.encoder, theta_0, [theta_0], [image], [head], objective="loss")
 
 
 def test_choose_lambda_takes_the_first_maximum() -> None:

@@ -1,0 +1,193 @@
+"""Sums of task vectors: averaging, task arithmetic, Model Stock, Consensus, DARE."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from samlib.merge.method import METHODS, Combine, Weights, choice, data_free, number, whole, wide
+
+LAM = number(-math.inf)
+TINY = 1e-30  # a squared length below which a task did not move a tensor
+
+
+@data_free("Wortsman et al. 2022, section 2 (uniform soup)")
+def average(theta_0: Weights, thetas: Sequence[Weights]) -> Combine:
+    """Weight averaging: (1/T) sum_t theta_t, as theta_0 + (1/T) sum_t tau_t.
+
+    Args:
+        theta_0: pre-trained weights.
+        thetas: T >= 1 fine-tuned weights.
+
+    Returns:
+        The merged weights.
+
+    Raises:
+        ValueError: empty list, names, shapes or dtypes differ, or a value is not finite.
+
+    Source: Wortsman et al. 2022, section 2 (uniform soup).
+    Taught in: 05_merging.
+    """
+    return lambda name, taus: taus.mean(0)
+
+
+@data_free("Ilharco et al. 2023, section 4", lam=LAM)
+def task_arithmetic(theta_0: Weights, thetas: Sequence[Weights], lam: float = 0.3) -> Combine:
+    """theta_0 + lam sum_t tau_t.
+
+    Args:
+        theta_0, thetas: as for `average`.
+        lam: merging coefficient, any finite number; 1/T gives the average.
+
+    Returns:
+        The merged weights.
+
+    Raises:
+        ValueError: lam not finite, or as for `average`.
+
+    Source: Ilharco et al. 2023, section 4.
+    Taught in: 05_merging.
+    """
+    return lambda name, taus: taus.sum(0).mul_(lam)
+
+
+@data_free("Jang et al. 2024 (layer-wise ratio)", lam=LAM)
+def model_stock(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Combine:
+    """Model Stock: the average, pulled back towards theta_0 the more, the less the task vectors agree.
+
+    Per tensor t = T c / (1 + (T - 1) c), where c is the mean cosine between two task vectors, and the merged task
+    vector is lam t (1/T) sum_t tau_t. Where 1 + (T - 1) c vanishes, the tensor stays at theta_0.
+
+    Args:
+        theta_0, thetas: as for `average`, T >= 2.
+        lam: extra factor, any finite number; the method itself has 1.
+
+    Returns:
+        The merged weights.
+
+    Raises:
+        ValueError: T < 2, or as for `task_arithmetic`.
+
+    Source: Jang et al. 2024 (layer-wise ratio).
+    Taught in: 05_merging.
+    """
+    T = len(thetas)
+    if T < 2:
+        raise ValueError("model_stock needs at least two fine-tuned models: it measures the angle between them")
+
+    def combine(name: str, taus: Tensor) -> Tensor:
+        flat = taus.reshape(T, -1)  # (T, n)
+        gram = (flat @ flat.T).double()
+        cosines = []
+        for i, j in combinations(range(T), 2):
+            cosines.append(gram[i, j] / (gram[i, i] * gram[j, j]).sqrt().clamp(min=TINY))
+        c = torch.stack(cosines).mean().clamp(-1, 1).item()
+        floor = 1 + (T - 1) * c
+        return taus.mean(0).mul_(lam * T * c / floor if abs(floor) > 1e-6 else 0.0)
+
+    return combine
+
+
+@data_free("Wang et al. 2024 (TALL-masks, consensus)", lam=LAM, mask_lam=number(0), agree=whole(1))
+def consensus(
+    theta_0: Weights, thetas: Sequence[Weights], lam: float = 0.3, mask_lam: float = 0.4, agree: int = 2
+) -> Combine:
+    """Consensus task arithmetic: keep the entries of sum_t tau_t that at least `agree` tasks need.
+
+    Task t needs an entry where |tau_t| >= mask_lam |sum_s tau_s - tau_t|.
+
+    Args:
+        theta_0, thetas: as for `average`.
+        lam: coefficient of the masked sum, any finite number.
+        mask_lam: how much larger than the rest an entry must be, >= 0 (0.2 to 0.6 in the paper).
+        agree: tasks that need an entry for it to stay, >= 1; 1 drops what no task needs.
+
+    Returns:
+        The merged weights.
+
+    Raises:
+        ValueError: a setting out of range, or as for `average`.
+
+    Source: Wang et al. 2024 (TALL-masks, consensus).
+    Taught in: 05_merging.
+    """
+
+    def combine(name: str, taus: Tensor) -> Tensor:
+        total = taus.sum(0)
+        needs = taus.abs() >= mask_lam * (total - taus).abs()  # (T, *shape)
+        return total * (needs.sum(0) >= agree) * lam
+
+    return combine
+
+
+@data_free(
+    "Yu et al. 2024 (DARE)",
+    lam=LAM,
+    drop=number(0, 1, open_high=True),
+    seed=whole(0),
+    then=choice("task_arithmetic", "ties", "consensus"),
+)
+def dare(
+    theta_0: Weights,
+    thetas: Sequence[Weights],
+    lam: float = 0.3,
+    drop: float = 0.9,
+    seed: int = 0,
+    then: str = "task_arithmetic",
+) -> Combine:
+    """DARE: drop entries of the task vectors at random, rescale the others by 1 / (1 - drop), and merge.
+
+    Args:
+        theta_0, thetas: as for `average`.
+        lam: coefficient of the method that merges.
+        drop: probability of an entry to be dropped, in [0, 1).
+        seed: of the draw, >= 0; it depends on the seed, the task's place and the tensor's name only.
+        then: the method that merges: task_arithmetic, ties or consensus, with its defaults.
+
+    Returns:
+        The merged weights.
+
+    Raises:
+        ValueError: a setting out of range, or as for `average`.
+
+    Source: Yu et al. 2024 (DARE).
+    Taught in: 05_merging.
+    """
+    dropped = [Dropped(theta_0, theta, drop, f"{seed}/{t}") for t, theta in enumerate(thetas)]
+    plan = METHODS[then].plan
+    assert plan is not None
+    combine = plan(theta_0, dropped, lam=lam)
+
+    def drop_and_combine(name: str, taus: Tensor) -> Tensor:
+        return combine(name, torch.stack([one.drop(name, tau) for one, tau in zip(dropped, taus, strict=True)]))
+
+    return drop_and_combine
+
+
+class Dropped(Mapping[str, Tensor]):
+    """theta_0 plus a task vector of which DARE has dropped entries, made tensor by tensor."""
+
+    def __init__(self, theta_0: Weights, theta: Weights, drop: float, seed: str) -> None:
+        self.theta_0, self.theta, self.share, self.seed = theta_0, theta, drop, seed
+
+    def drop(self, name: str, tau: Tensor) -> Tensor:
+        """The task vector of one tensor, dropped and rescaled."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        kept = torch.rand(tau.shape, generator=draw).to(tau.device) >= self.share
+        return tau * kept / (1 - self.share)
+
+    def __getitem__(self, name: str) -> Tensor:
+        w = wide(self.theta_0[name])
+        return w + self.drop(name, wide(self.theta[name]) - w)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.theta_0)
+
+    def __len__(self) -> int:
+        return len(self.theta_0)
