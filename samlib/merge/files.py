@@ -103,8 +103,6 @@ def merge_files(
     Raises:
         ValueError: an unknown method or setting, a value out of range, `out` exists, checkpoints that do not fit
             together, a value that is not finite, or a disk without room.
-
-    Taught in: 05_merging.
     """
     settings = _complete(method, settings)
     if out.exists():

@@ -38,7 +38,6 @@ def tsv_m(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Comb
         ValueError: lam not finite, empty list, names, shapes or dtypes differ, or a value is not finite.
 
     Source: Gargiulo et al. 2025 (TSV-Merge).
-    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:
@@ -66,7 +65,6 @@ def iso_c(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Comb
         ValueError: as for `tsv_m`.
 
     Source: Marczak et al. 2025 (Iso-C).
-    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:
@@ -95,7 +93,6 @@ def iso_cts(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, commo
         ValueError: a setting out of range, or as for `tsv_m`.
 
     Source: Marczak et al. 2025 (Iso-CTS).
-    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:
@@ -131,7 +128,6 @@ def wudi(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, steps: i
         ValueError: a setting out of range, or as for `tsv_m`.
 
     Source: Cheng et al. 2025 (WUDI-Merging).
-    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:

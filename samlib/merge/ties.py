@@ -117,8 +117,6 @@ def kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int) -> tuple[Tensor,
 
     Returns:
         The number of that rank, (T,) of their dtype, and how many that equal it have a higher rank, (T,).
-
-    Taught in: 05_merging.
     """
     first = next(iter(chunks()))
     rows, dtype = len(first), first.dtype
