@@ -107,7 +107,7 @@ def test_another_request_does_not_go_on_with_what_is_there(
 ) -> None:
     base, ends = models
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_check_finite", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files, "check_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             merge_files("task_arithmetic", base, ends, tmp_path / "out", show=False, lam=0.1)
     merge_files("task_arithmetic", base, ends, tmp_path / "out", show=False, lam=0.9)

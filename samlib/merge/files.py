@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samlib.cache import read_json, unreadable, write_json
-from samlib.merge.method import METHODS, check_fit, check_settings, taus, wide
+from samlib.merge.method import METHODS, check_fit, check_settings, check_values, taus, wide
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -135,7 +135,7 @@ def merge_files(
                     bar.update(writer.done)
                     for name in names[writer.done :]:
                         w, vectors = wide(theta_0[name]), taus(theta_0, thetas, name)
-                        _check_finite(name, [w, *vectors], labels)
+                        check_values([{name: one} for one in (w, *vectors)], labels)
                         writer.write((w + combine(name, vectors)).to(theta_0.like[name].dtype))
                         bar.update()
         (scratch / "request.json").unlink()
@@ -240,9 +240,3 @@ def _shards(like: dict[str, Tensor], shard_bytes: int | None) -> dict[str, list[
 
 def _size(w: Tensor) -> int:
     return w.numel() * w.element_size()
-
-
-def _check_finite(name: str, tensors: Sequence[Tensor], labels: Sequence[str]) -> None:
-    for tensor, label in zip(tensors, labels, strict=True):
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"tensor {name!r} of {label} holds NaN or infinity")
