@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -20,19 +20,22 @@ from samlib import tasks
 from samlib.clip import Clip, Theta, accuracy, logits, zero_shot_head
 from samlib.finetune import Recipe, finetune_many
 from samlib.interference import normalised_accuracy, xi
-from samlib.merge import average, choose_lambda, task_arithmetic, task_vector, ties
+from samlib.merge import accuracy_curve, average, choose_lambda, task_arithmetic, task_vector, ties
 from samlib.run import Run, begin, interval, paired_interval
 
 ARMS = ("AdamW", "AdamW, 2x steps", "SAM", "ASAM")
+JOINT = "AdamW, all tasks"  # one model trained on all tasks: what merging would like to reach
+Measure = Callable[[Run, Clip, str, int, float], dict[str, Any]]  # run, clip, arm, seed, length -> JSON-able
 ROWS = ("single", "averaging", "task arithmetic", "TIES")
 
 
 def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
-    """One recipe a task: what the arm trains with this seed.
+    """One recipe a task: what the arm trains with this seed. Of JOINT, one recipe for all tasks.
 
     Args:
         run: its preset gives tasks, steps, radii and learning rate.
-        arm: one of ARMS. SAM and ASAM take two gradients a step, so that "AdamW, 2x steps" costs what they do.
+        arm: one of ARMS, or JOINT. SAM and ASAM take two gradients a step, so that "AdamW, 2x steps" costs what they
+            do; JOINT makes as many updates as AdamW does for all tasks together.
         seed: of data order and augmentation; equal seeds are paired between arms.
         length: multiple of the preset's steps, > 0.
 
@@ -41,9 +44,10 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
 
     Taught in: 04_fine_tuning.
     """
-    if arm not in ARMS:
-        raise ValueError(f"arm must be one of {', '.join(ARMS)}, not {arm!r}")
+    if arm not in (*ARMS, JOINT):
+        raise ValueError(f"arm must be one of {'; '.join((*ARMS, JOINT))}, not {arm!r}")
     p = run.preset
+    names = ("+".join(p.tasks),) if arm == JOINT else p.tasks
     steps = max(1, round(p.steps * length * (2 if arm == "AdamW, 2x steps" else 1)))
     optimizer = {"SAM": "sam", "ASAM": "asam"}.get(arm, "adamw")
     rho = {"SAM": p.rho_sam, "ASAM": p.rho_asam}.get(arm, 0.0)
@@ -51,7 +55,7 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
         Recipe(
             task=task,
             optimizer=optimizer,
-            steps=steps,
+            steps=steps * len(p.tasks) if arm == JOINT else steps,
             rho=rho,
             lr=p.lr,
             batch_size=p.batch_size,
@@ -59,7 +63,7 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
             seed=seed,
             precision=p.precision,
         )
-        for task in p.tasks
+        for task in names
     ]
 
 
@@ -98,7 +102,7 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
     p = run.preset
     decides = {
         "recipes": [asdict(r) for r in todo],
-        "lambdas": [p.lambdas, p.lambdas_ties],
+        "lambdas": [p.lambdas, p.lambdas_wide],
         "n_eval": p.n_eval,
         "code": inspect.getsource(_measure),
     }
@@ -135,22 +139,17 @@ def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
             "normalised": normalised_accuracy(accuracies, single),
         }, losses
 
-    def chosen(ends: Sequence[Theta], grid: Sequence[float]) -> tuple[dict[str, Any], list[float], float]:
+    def chosen(theta_1: Theta, grid: Sequence[float]) -> tuple[dict[str, Any], list[float], float]:
         """The row, the test losses and the mean validation accuracy at the lambda that is best on validation."""
-        on_validation = {}
+        curve = accuracy_curve(encoder, theta_0, theta_1, grid, validations, heads)  # (G, T)
+        ratios = curve / torch.tensor(single_validation, dtype=torch.float64)
+        lam = choose_lambda(ratios, grid)[0]
+        found, losses = row(task_arithmetic(theta_0, [theta_1], lam))
+        found |= {"lam": lam, "curve": ratios.mean(1).tolist()}
+        return found, losses, curve[grid.index(lam)].mean().item()
 
-        def quality(lam: float) -> float:
-            merged = task_arithmetic(theta_0, ends, lam)
-            accuracies, _ = score([merged] * len(validations), validations)
-            on_validation[lam] = sum(accuracies) / len(accuracies)
-            return normalised_accuracy(accuracies, single_validation)
-
-        lam, curve = choose_lambda(quality, grid)
-        found, losses = row(task_arithmetic(theta_0, ends, lam))
-        return found | {"lam": lam, "curve": curve}, losses, on_validation[lam]
-
-    arithmetic, merged_loss, merged_validation = chosen(thetas, p.lambdas)
-    trimmed, _, _ = chosen([ties(theta_0, thetas)], p.lambdas_ties)  # TIES at lambda = 1, then along its direction
+    arithmetic, merged_loss, merged_validation = chosen(task_arithmetic(theta_0, thetas, 1.0), p.lambdas)
+    trimmed, _, _ = chosen(ties(theta_0, thetas), p.lambdas_wide)
     vectors = [task_vector(theta, theta_0) for theta in thetas]
     few = [tasks.subset(split, 100) for split in tests]
     return {
@@ -178,13 +177,16 @@ def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
     }
 
 
-def measure_many(run: Run, clip: Clip, wanted: Sequence[tuple[str, int, float]]) -> list[dict[str, Any]]:
+def measure_many(
+    run: Run, clip: Clip, wanted: Sequence[tuple[str, int, float]], measure: Measure = measure
+) -> list[dict[str, Any]]:
     """`measure` for several (arm, seed, length): all fine-tuning first, then the merging, side by side on a CPU.
 
     Args:
         run: preset, device and cache.
         clip: the pre-trained model.
         wanted: what to measure, in the order of the answer.
+        measure: this module's, or `compare.merge_all`.
     """
     todo = [recipe for arm, seed, length in wanted for recipe in recipes(run, arm, seed, length)]
     finetune_many(todo, clip, run.device, run.cache, run.preset.jobs)
@@ -243,31 +245,37 @@ def gains(results: dict[str, list[dict[str, Any]]], base: str, value: str = "mea
     return pd.DataFrame(rows, columns=["arm", "model", "gain", "low", "high", "n"]).set_index(["arm", "model"])
 
 
-def published_lengths(run: Run) -> dict[int, dict[str, list[dict[str, Any]]]]:
+def published_lengths(
+    run: Run, name: str = "experiment.published", arms: Sequence[str] = ARMS
+) -> dict[int, dict[str, list[dict[str, Any]]]]:
     """The book's own results by training length.
 
     Args:
         run: where the published file is.
+        name: of that file, as in `Run.published_values`.
+        arms: what a seed must have.
 
     Returns:
         AdamW's steps -> arm -> one result of `measure` a seed, with its `arm`, `seed`, `steps` and `recipes`, for
-        the seeds that all of ARMS have; shorter lengths first.
+        the seeds that all arms have; shorter lengths first.
     """
-    runs = (run.published_values() or {}).get("runs", [])
+    runs = (run.published_values(name) or {}).get("runs", [])
     lengths = {}
     for steps in sorted({r["steps"] for r in runs}):
-        by_arm = {arm: {r["seed"]: r for r in runs if (r["arm"], r["steps"]) == (arm, steps)} for arm in ARMS}
+        by_arm = {arm: {r["seed"]: r for r in runs if (r["arm"], r["steps"]) == (arm, steps)} for arm in arms}
         complete = sorted(set.intersection(*(set(found) for found in by_arm.values())))
         if complete:
             lengths[steps] = {arm: [found[seed] for seed in complete] for arm, found in by_arm.items()}
     return lengths
 
 
-def published(run: Run, steps: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def published(
+    run: Run, steps: int | None = None, name: str = "experiment.published", arms: Sequence[str] = ARMS
+) -> dict[str, list[dict[str, Any]]]:
     """The results that the book reports: of the length with the most seeds; of several, the longest.
 
     Args:
-        run: where the published file is.
+        run, name, arms: as in `published_lengths`.
         steps: AdamW's steps; where a length with as many is published, its results instead.
 
     Returns:
@@ -275,39 +283,50 @@ def published(run: Run, steps: int | None = None) -> dict[str, list[dict[str, An
 
     Taught in: 05_merging.
     """
-    lengths = published_lengths(run)
+    lengths = published_lengths(run, name, arms)
     if steps in lengths:
         return lengths[steps]
-    return lengths[max(lengths, key=lambda steps: (len(lengths[steps]["AdamW"]), steps))] if lengths else {}
+    return lengths[max(lengths, key=lambda steps: (len(lengths[steps][arms[0]]), steps))] if lengths else {}
+
+
+def publish_runs(run: Run, clip: Clip, measure: Measure, wanted: Sequence[tuple[str, int, float]]) -> None:
+    """Measure, and rewrite the published values of the run's notebook.
+
+    What is published with the same recipes is not measured again, what has others is replaced.
+
+    Args:
+        run: preset, device, cache, and where the published file is.
+        clip: the pre-trained model.
+        measure, wanted: as in `measure_many`.
+    """
+    done = run.published_values(run.published_file.stem) or {"runs": []}
+    runs = {(r["arm"], r["seed"], r["steps"]): r for r in done["runs"]}
+    facts = {}
+    for arm, seed, length in wanted:
+        steps = recipes(run, "AdamW", seed, length)[0].steps
+        todo = recipes(run, arm, seed, length)
+        known = [Recipe(**r) for r in runs.get((arm, seed, steps), {}).get("recipes", [])]
+        if known != todo:
+            own = {"arm": arm, "seed": seed, "steps": steps, "recipes": [asdict(r) for r in todo]}
+            facts[arm, seed, length] = own
+    if facts:
+        for own, found in zip(facts.values(), measure_many(run, clip, list(facts), measure), strict=True):
+            runs[own["arm"], own["seed"], own["steps"]] = own | found
+        run.publish({"zero-shot": zero_shot(run, clip), "runs": list(runs.values())})
+        print(f"{', '.join(map(str, facts))}: written to {run.published_file}", flush=True)
 
 
 def main() -> None:
-    """Measure every arm, seed after seed, and rewrite the published values after each.
-
-    Resumable: what is published with the same recipes is not measured again, what has others is replaced.
-    """
+    """Measure every arm, seed after seed, and rewrite the published values after each."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", default="published")
     parser.add_argument("--lengths", type=float, nargs="+", help="multiples of the preset's steps, in this order")
     a = parser.parse_args()
     run = begin("experiment", preset=a.preset)
     clip = clip_module.load(run.device)
-    done = run.published_values(f"experiment.{a.preset}") or {"runs": []}
-    runs = {(r["arm"], r["seed"], r["steps"]): r for r in done["runs"]}
     for length in a.lengths or run.preset.lengths:
-        steps = recipes(run, "AdamW", 0, length)[0].steps
         for seed in run.preset.seeds:
-            wanted = {arm: recipes(run, arm, seed, length) for arm in ARMS}
-            known = {arm: [Recipe(**r) for r in runs.get((arm, seed, steps), {}).get("recipes", [])] for arm in ARMS}
-            missing = [arm for arm in ARMS if known[arm] != wanted[arm]]
-            if not missing:
-                continue
-            found = measure_many(run, clip, [(arm, seed, length) for arm in missing])
-            for arm, result in zip(missing, found, strict=True):
-                facts = {"arm": arm, "seed": seed, "steps": steps, "recipes": [asdict(r) for r in wanted[arm]]}
-                runs[arm, seed, steps] = facts | result
-            run.publish({"zero-shot": zero_shot(run, clip), "runs": list(runs.values())})
-            print(f"{steps} steps, seed {seed}: written to {run.published_file}", flush=True)
+            publish_runs(run, clip, measure, [(arm, seed, length) for arm in ARMS])
 
 
 if __name__ == "__main__":

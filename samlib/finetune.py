@@ -51,7 +51,7 @@ class Finetuned:
             climb); where it looks at the validation split, validation_loss and validation_accuracy.
         seconds: wall time of the training.
         train_loss: mean cross-entropy on the training images without augmentation, in nats.
-        train_accuracy: accuracy on them, in [0, 1].
+        train_accuracy: accuracy on them, in [0, 1]; of several tasks, both are the mean over them.
         skipped: steps without an update, because a gradient overflowed under fp16.
     """
 
@@ -63,6 +63,15 @@ class Finetuned:
     train_loss: float
     train_accuracy: float
     skipped: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A task's training images on the device, its validation images, and its head (K, d)."""
+
+    train: tasks.Split
+    validation: tasks.Split
+    head: Tensor
 
 
 def finetune(recipe: Recipe, clip: Clip, device: str | torch.device, cache: Path) -> Finetuned:
@@ -150,10 +159,7 @@ def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device, show: 
 def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path, show: bool) -> Finetuned:
     if recipe.batch_size % _processes():
         raise ValueError(f"batch_size must be a multiple of the {_processes()} processes, not {recipe.batch_size}")
-    task = tasks.load(recipe.task)
-    train = tasks.subset(task.train, recipe.n_train)
-    images, labels = train.images.to(device), train.labels.to(device)
-    head = clip_module.zero_shot_head(clip, task).to(device)  # (K, d)
+    sources = [_source(name, recipe.n_train, clip, device) for name in recipe.tasks]
     encoder = copy.deepcopy(clip.encoder).to(device).train().requires_grad_(True)
     model = DistributedDataParallel(encoder) if _processes() > 1 else encoder
     optimizer = _optimizer(recipe, model, encoder, device)
@@ -174,7 +180,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
         if averaged:
             averaged.n_averaged.fill_(facts["averaged"])
 
-    def loss_on(batch: Tensor, target: Tensor, share: float) -> Tensor:
+    def loss_on(head: Tensor, batch: Tensor, target: Tensor, share: float) -> Tensor:
         with torch.autocast(device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "fp32"):
             features = model(batch)  # (B, d)
         loss = F.cross_entropy(features.float() @ head.T, target) * share
@@ -183,7 +189,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
 
     def look(step: int) -> None:
         """Accuracy on the validation split, without augmentation; keep the best weights."""
-        accuracy, loss = _score(encoder, averaged, task.validation, head)
+        accuracy, loss = _score(encoder, averaged, [(one.validation, one.head) for one in sources])
         encoder.train()
         if accuracy > max((one["accuracy"] for one in looks), default=-1.0):
             for name, value in _theta(encoder, averaged).items():
@@ -197,12 +203,14 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
         torch.manual_seed(batches.generator("dropout", recipe.seed, step, _rank()).initial_seed())
         for group in optimizer.base.param_groups:
             group["lr"] = lr_at(step, recipe.steps, recipe.lr, recipe.warmup)
-        index = batch_indices(len(labels), recipe.batch_size, recipe.seed, step).to(device)
-        batch = augment(images[index], batches.generator("augment", recipe.seed, step))
-        x, y = (whole.chunk(_processes())[_rank()] for whole in (batch, labels[index]))  # this process's part
+        one, turn = sources[step % len(sources)], step // len(sources)  # several tasks take turns
+        index = batch_indices(len(one.train), recipe.batch_size, recipe.seed, turn).to(device)
+        batch = augment(one.train.images[index], batches.generator("augment", recipe.seed, step))
+        x, y = (whole.chunk(_processes())[_rank()] for whole in (batch, one.train.labels[index]))  # this process's part
         size = recipe.micro_batch or len(y)
         parts = zip(x.split(size), y.split(size), strict=True)
-        optimizer.step(*(partial(loss_on, *part, len(part[1]) / len(y)) for part in parts), shared=recipe.shared_climb)
+        calls = (partial(loss_on, one.head, *part, len(part[1]) / len(y)) for part in parts)
+        optimizer.step(*calls, shared=recipe.shared_climb)
         last = step + 1 == recipe.steps
         if averaged and (recipe.average == "ema" or step >= (1 - SWA_SHARE) * recipe.steps or last):
             averaged.update_parameters(encoder)
@@ -222,7 +230,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
             facts["averaged"] = int(averaged.n_averaged) if averaged else 0
             checkpoint.save(partial_file, owner, tensors, optimizer.base, facts)
 
-    train_accuracy, train_loss = _score(encoder, averaged, train, head)
+    train_accuracy, train_loss = _score(encoder, averaged, [(one.train, one.head) for one in sources])
     if not math.isfinite(train_loss):
         raise _diverged(recipe, recipe.steps)
     log = pd.DataFrame(history.cpu().numpy(), columns=columns)
@@ -240,6 +248,13 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
         train_accuracy=train_accuracy,
         skipped=optimizer.skipped,
     )
+
+
+def _source(name: str, n_train: int | None, clip: Clip, device: torch.device) -> _Source:
+    task = tasks.load(name)
+    train = tasks.subset(task.train, n_train)
+    train = tasks.Split(train.images.to(device), train.labels.to(device))
+    return _Source(train, task.validation, clip_module.zero_shot_head(clip, task).to(device))
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, encoder: nn.Module, device: torch.device) -> sam.SAM:
@@ -273,11 +288,17 @@ def _theta(encoder: nn.Module, averaged: AveragedModel | None) -> Theta:
     return clip_module.theta(averaged.module if averaged and averaged.n_averaged else encoder)
 
 
-def _score(encoder: nn.Module, averaged: AveragedModel | None, split: tasks.Split, head: Tensor) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy on a split as it is."""
-    outputs = clip_module.logits(encoder, _theta(encoder, averaged), split.images, head).cpu()  # (N, K)
-    accuracy = (outputs.argmax(1) == split.labels).double().mean().item()
-    return accuracy, F.cross_entropy(outputs, split.labels).item()
+def _score(
+    encoder: nn.Module, averaged: AveragedModel | None, parts: Sequence[tuple[tasks.Split, Tensor]]
+) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy on splits as they are, each with its head: the mean over the splits."""
+    accuracies, losses = [], []
+    for split, head in parts:
+        outputs = clip_module.logits(encoder, _theta(encoder, averaged), split.images, head).cpu()  # (N, K)
+        labels = split.labels.cpu()
+        accuracies.append((outputs.argmax(1) == labels).double().mean().item())
+        losses.append(F.cross_entropy(outputs, labels).item())
+    return sum(accuracies) / len(parts), sum(losses) / len(parts)
 
 
 def _processes() -> int:
@@ -317,7 +338,7 @@ def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Pa
     key = store.key(
         {
             "recipe": asdict(recipe),
-            "task": tasks.fingerprint(recipe.task),
+            "task": [tasks.fingerprint(name) for name in recipe.tasks],
             "clip": clip.fingerprint,
             "device": device.type,
             "processes": _processes(),

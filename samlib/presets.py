@@ -28,7 +28,7 @@ class Preset:
         batch_size: images a step.
         n_train, n_eval: at most this many training and evaluation examples, None for all.
         lambdas: grid of task arithmetic's coefficient.
-        lambdas_ties: grid of TIES' coefficient, which multiplies a mean and not a sum of task vectors.
+        lambdas_wide: grid for the methods that shrink the sum of the task vectors, such as TIES with its mean.
         xi_grid: values of a_1 and of a_2 in the disentanglement map.
         rho_sam, rho_asam: radii; those of the testbed were chosen on validation data by benchmarks/choose_rho.py,
             those of `paper` are the paper's.
@@ -48,7 +48,7 @@ class Preset:
     n_train: int | None
     n_eval: int | None
     lambdas: tuple[float, ...]
-    lambdas_ties: tuple[float, ...]
+    lambdas_wide: tuple[float, ...]
     xi_grid: tuple[float, ...]
     rho_sam: float
     rho_asam: float
@@ -59,6 +59,7 @@ class Preset:
 
 
 _LAMBDAS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
+_WIDE = (*_LAMBDAS, 1.5, 2.0, 3.0)
 
 
 def _grid(low: float, high: float, n: int) -> tuple[float, ...]:
@@ -75,7 +76,7 @@ _PUBLISHED = Preset(
     n_train=1000,
     n_eval=None,
     lambdas=_LAMBDAS,
-    lambdas_ties=_LAMBDAS,
+    lambdas_wide=_WIDE,
     xi_grid=_grid(-2, 2, 15),
     rho_sam=0.005,
     rho_asam=0.05,
@@ -98,7 +99,7 @@ PRESETS: dict[str, Preset] = {
             n_train=200,
             n_eval=100,
             lambdas=_grid(0, 1, 5),
-            lambdas_ties=_grid(0, 2, 3),
+            lambdas_wide=_grid(0, 2, 3),
             xi_grid=_grid(-2, 2, 3),
             rho_sam=0.005,
             rho_asam=0.05,
@@ -127,7 +128,7 @@ PRESETS: dict[str, Preset] = {
             n_train=None,
             n_eval=None,
             lambdas=_grid(0, 1, 21),
-            lambdas_ties=_grid(0, 2, 11),
+            lambdas_wide=_grid(0, 3, 16),
             xi_grid=_grid(-2, 2, 20),
             rho_sam=0.05,
             rho_asam=0.5,

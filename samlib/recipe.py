@@ -15,7 +15,8 @@ class Recipe:
     """All that decides a fine-tuned model, apart from the pre-trained one.
 
     Args:
-        task: name that `tasks.load` knows.
+        task: name that `tasks.load` knows; several names with + between them train one model on all of them, which
+            take turns, a batch of each after the other.
         optimizer: "adamw", "sam", "asam", or "rwp" (random weight perturbation: SAM that climbs along noise).
         steps: updates, >= 1.
         rho: radius, >= 0; 0 for AdamW.
@@ -100,6 +101,11 @@ class Recipe:
         for name, (holds, allowed) in rules.items():
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return tuple(self.task.split("+"))
 
     @property
     def gradients(self) -> int:

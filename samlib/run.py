@@ -68,7 +68,7 @@ class Run:
             "params": params,
             "tasks": {task: tasks.fingerprint(task) for task in self.preset.tasks},
             "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else None,
-            "code": store.code("batches", "clip", "finetune", "interference", "merge", "sam", "tasks"),
+            "code": store.code("batches", "clip", "finetune", "interference", "merge", "recipe", "sam", "tasks"),
             "fn": inspect.getsource(fn),
         }
         path = self.cache / "results" / f"{name}-{store.key(decides)}.json"

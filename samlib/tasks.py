@@ -68,13 +68,15 @@ def known() -> tuple[str, ...]:
     """Names that `load` accepts: the embedded tasks, then the folders in the folder SAMLIB_DATA.
 
     Raises:
-        ValueError: a folder of the reader's has the name of an embedded task.
+        ValueError: a folder of the reader's has the name of an embedded task, or a + in its name.
     """
     data = os.environ.get("SAMLIB_DATA")
     own = sorted(path.name for path in Path(data).iterdir() if _file(path, "train").exists()) if data else []
     for name in own:
         if name in TESTBED:
             raise ValueError(f"{name!r} in SAMLIB_DATA has the name of an embedded task: rename it")
+        if "+" in name:
+            raise ValueError(f"{name!r} in SAMLIB_DATA has a + in its name, which joins tasks: rename it")
     return (*TESTBED, *own)
 
 

@@ -93,7 +93,7 @@ def test_publishing_goes_on_where_it_stopped_and_replaces_other_recipes(
 ) -> None:
     asked: list[tuple[str, int, float]] = []
 
-    def measured(run: Run, clip: Any, wanted: list[tuple[str, int, float]]) -> list[dict[str, Any]]:
+    def measured(run: Run, clip: Any, wanted: list[tuple[str, int, float]], _: Any) -> list[dict[str, Any]]:
         asked.extend(wanted)
         return [{"rho": run.preset.rho_sam} for _ in wanted]
 

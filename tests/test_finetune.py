@@ -619,3 +619,62 @@ def test_equal_recipes_have_one_key() -> None:
 def test_unknown_task_is_a_key_error(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="unknown task 'cold'"):
         finetune.finetune(dataclasses.replace(RECIPE, task="cold"), tiny, "cpu", tmp_path)
+
+
+# ---- several tasks at once
+
+
+def test_tasks_take_turns_and_the_loss_is_their_mean(tiny: Any, tmp_path: Path) -> None:
+    recipe = Recipe("warm+cool", "adamw", steps=2, lr=1e-2, warmup=0.0, batch_size=16, weight_decay=0.0)
+    assert recipe.tasks == ("warm", "cool")
+    done = finetune.finetune(recipe, tiny, "cpu", tmp_path)
+    theta = {name: w.clone().requires_grad_() for name, w in clip.theta(tiny.encoder).items()}
+    optimizer = torch.optim.AdamW(theta.values(), 1e-2, weight_decay=0.0)
+    heads = {name: clip.zero_shot_head(tiny, tasks.load(name)) for name in recipe.tasks}
+    for step, name in enumerate(recipe.tasks):  # by hand: first a batch of the one, then one of the other
+        train = tasks.load(name).train
+        index = batches.batch_indices(len(train), 16, 0, 0)
+        batch = batches.augment(train.images[index], batches.generator("augment", 0, step))
+        outputs = torch.func.functional_call(tiny.encoder, theta, (batch,)) @ heads[name].T
+        optimizer.param_groups[0]["lr"] = batches.lr_at(step, 2, 1e-2, 0.0)
+        optimizer.zero_grad()
+        F.cross_entropy(outputs, train.labels[index]).backward()
+        torch.nn.utils.clip_grad_norm_(theta.values(), 1.0)
+        optimizer.step()
+    for name, w in theta.items():
+        torch.testing.assert_close(done.theta[name], w.detach(), rtol=1e-5, atol=1e-6)
+    each = [
+        F.cross_entropy(clip.logits(tiny.encoder, done.theta, train.images, heads[name]), train.labels).item()
+        for name in recipe.tasks
+        for train in [tasks.load(name).train]
+    ]
+    assert done.train_loss == pytest.approx(sum(each) / 2, rel=1e-5)
+
+
+def test_a_model_of_several_tasks_resumes_in_its_turn(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = Recipe("warm+cool", "sam", steps=9, rho=0.05, lr=1e-2, batch_size=16)
+    whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
+    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", 0.0)
+    calls = 0
+    save = checkpoint.save
+
+    def stop_after_the_fifth(*arguments: Any) -> None:
+        nonlocal calls
+        save(*arguments)
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", stop_after_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.finetune(recipe, tiny, "cpu", tmp_path / "cut")
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert same(finetune.finetune(recipe, tiny, "cpu", tmp_path / "cut").theta, whole.theta)
+
+
+def test_a_task_of_the_readers_may_not_have_a_plus_in_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "a+b").mkdir()
+    (tmp_path / "a+b" / "train-00000-of-00001.parquet").touch()
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"'a\+b' in SAMLIB_DATA has a \+ in its name"):
+        tasks.known()

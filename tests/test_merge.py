@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import samlib.merge
+import samlib.tasks
 from samlib import clip
 from samlib.merge import (
     METHODS,
+    accuracy_curve,
     average,
     choose_lambda,
     dare,
@@ -287,12 +289,33 @@ def test_methods_with_images_want_as_many_images_and_heads_as_models(tiny: Any) 
         samlib.merge.adamerging(tiny.encoder, theta_0, [theta_0], [image], [head], objective="loss")
 
 
-def test_choose_lambda_takes_the_first_maximum() -> None:
-    assert choose_lambda(lambda lam: -((lam - 0.5) ** 2), [0.0, 0.25, 0.75, 1.0]) == (
-        0.25,
-        [-0.25, -0.0625, -0.0625, -0.25],
-    )
-    with pytest.raises(ValueError, match="grid of lam is empty"):
-        choose_lambda(lambda lam: lam, [])
-    with pytest.raises(ValueError, match="score at lam = 0.5 is nan"):
-        choose_lambda(lambda lam: float("nan"), [0.5])
+def test_choose_lambda_by_its_three_rules() -> None:
+    grid = [0.0, 0.25, 0.5]
+    scores = [[0.2, 0.9], [0.6, 0.6], [0.7, 0.5]]  # means 0.55, 0.6, 0.6: the first of the best
+    assert choose_lambda(scores, grid) == (0.25, 0.25)
+    assert choose_lambda(scores, grid, "per task") == (0.5, 0.0)
+    assert choose_lambda(scores, grid, 0.3) == (0.3, 0.3)
+    with pytest.raises(ValueError, match=r"scores must be \(G, T\) with a row for each of 0 lam"):
+        choose_lambda([], [])
+    with pytest.raises(ValueError, match="the score of task 1 at lam = 0.5 is nan"):
+        choose_lambda([[0.1, 0.2], [0.1, float("nan")]], [0.0, 0.5])
+    with pytest.raises(ValueError, match="rule must be 'shared', 'per task' or a finite number, not 'best'"):
+        choose_lambda(scores, grid, "best")
+
+
+def test_accuracy_curve_is_that_of_the_models_on_the_line(tiny: Any) -> None:
+    loaded = [samlib.tasks.load(name) for name in ("warm", "cool")]
+    heads = [clip.zero_shot_head(tiny, task) for task in loaded]
+    theta_0 = clip.theta(tiny.encoder)
+    torch.manual_seed(1)
+    thetas = [{name: w + w.std() * torch.randn_like(w) for name, w in theta_0.items()} for _ in loaded]
+    grid = [0.0, 0.3, 1.0, -2.0]
+    splits = [task.test for task in loaded]
+    curve = accuracy_curve(tiny.encoder, theta_0, task_arithmetic(theta_0, thetas, 1.0), grid, splits, heads)
+    for lam, row in zip(grid, curve, strict=True):
+        merged = task_arithmetic(theta_0, thetas, lam)
+        for task, head, found in zip(loaded, heads, row, strict=True):
+            assert found == pytest.approx(clip.accuracy(tiny.encoder, merged, task.test, head), abs=1e-12)
+    assert len(curve.unique()) > 2  # the line is not flat, so that agreement means something
+    with pytest.raises(ValueError, match="0 values of lam, 2 splits and 2 heads"):
+        accuracy_curve(tiny.encoder, theta_0, theta_0, [], splits, heads)

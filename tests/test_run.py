@@ -152,7 +152,7 @@ def test_presets_are_consistent() -> None:
     for name, preset in PRESETS.items():
         assert preset.name == name and preset.note and len(set(preset.seeds)) == len(preset.seeds) >= 1
         assert 1.0 in preset.lengths and min(preset.lengths) * preset.steps >= 1
-        assert preset.lambdas[0] == preset.lambdas_ties[0] == 0 and preset.lambdas[-1] == 1
+        assert preset.lambdas[0] == preset.lambdas_wide[0] == 0 and preset.lambdas[-1] == 1
         assert preset.xi_grid == tuple(sorted(preset.xi_grid)) == tuple(-a for a in reversed(preset.xi_grid))
     assert PRESETS["smoke"].lambdas == (0.0, 0.25, 0.5, 0.75, 1.0)
 

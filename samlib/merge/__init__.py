@@ -4,7 +4,7 @@ Data-free methods are called as `method(theta_0, thetas, ...)`, those that look 
 `method(encoder, theta_0, thetas, images, heads, ...)`. `python -m samlib.merge` merges files.
 """
 
-from samlib.merge.choose import choose_lambda
+from samlib.merge.choose import accuracy_curve, choose_lambda
 from samlib.merge.linear import average, consensus, dare, model_stock, task_arithmetic
 from samlib.merge.method import METHODS, Method, task_vector
 from samlib.merge.spectral import iso_c, iso_cts, tsv_m, wudi
@@ -14,6 +14,7 @@ from samlib.merge.with_images import adamerging, fisher, regmean
 __all__ = [
     "METHODS",
     "Method",
+    "accuracy_curve",
     "adamerging",
     "average",
     "choose_lambda",

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samlib.cache import read_json, unreadable, write_json
-from samlib.merge.method import METHODS, check_fit, check_settings, check_values, taus, wide
+from samlib.merge.method import METHODS, check_fit, check_settings, check_values, merged_tensor, taus
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -134,9 +134,9 @@ def merge_files(
                 with _Writer(scratch / file, {name: theta_0.like[name] for name in names}, metadata) as writer:
                     bar.update(writer.done)
                     for name in names[writer.done :]:
-                        w, vectors = wide(theta_0[name]), taus(theta_0, thetas, name)
+                        w, vectors = theta_0[name], taus(theta_0, thetas, name)
                         check_values([{name: one} for one in (w, *vectors)], labels)
-                        writer.write((w + combine(name, vectors)).to(theta_0.like[name].dtype))
+                        writer.write(merged_tensor(name, w, vectors, combine))
                         bar.update()
         (scratch / "request.json").unlink()
         if shard_bytes is None:

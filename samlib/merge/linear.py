@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from samlib.merge.method import METHODS, Combine, Weights, choice, data_free, number, whole, wide
+from samlib.merge.method import taus as task_vectors
 
 LAM = number(-math.inf)
 TINY = 1e-30  # a squared length below which a task did not move a tensor
@@ -160,10 +161,7 @@ def dare(
     assert plan is not None
     combine = plan(theta_0, dropped, lam=lam)
 
-    def drop_and_combine(name: str, taus: Tensor) -> Tensor:
-        return combine(name, torch.stack([one.drop(name, tau) for one, tau in zip(dropped, taus, strict=True)]))
-
-    return drop_and_combine
+    return lambda name, taus: combine(name, task_vectors(theta_0, dropped, name))
 
 
 class Dropped(Mapping[str, Tensor]):
@@ -172,16 +170,12 @@ class Dropped(Mapping[str, Tensor]):
     def __init__(self, theta_0: Weights, theta: Weights, drop: float, seed: str) -> None:
         self.theta_0, self.theta, self.share, self.seed = theta_0, theta, drop, seed
 
-    def drop(self, name: str, tau: Tensor) -> Tensor:
-        """The task vector of one tensor, dropped and rescaled."""
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        kept = torch.rand(tau.shape, generator=draw).to(tau.device) >= self.share
-        return tau * kept / (1 - self.share)
-
     def __getitem__(self, name: str) -> Tensor:
         w = wide(self.theta_0[name])
-        return w + self.drop(name, wide(self.theta[name]) - w)
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        kept = torch.rand(w.shape, generator=draw).to(w.device) >= self.share
+        return w + (wide(self.theta[name]) - w) * kept / (1 - self.share)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.theta_0)

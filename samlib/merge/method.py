@@ -12,8 +12,9 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
+from samlib.clip import Theta
+
 P = ParamSpec("P")
-Theta = dict[str, Tensor]
 Weights = Mapping[str, Tensor]  # by name; may read a tensor from a file when it is asked for
 Rule = tuple[str, Callable[[Any], bool]]  # what a value may be, and whether one is that
 Combine = Callable[[str, Tensor], Tensor]  # name, task vectors (T, *shape) -> merged task vector (*shape)
@@ -149,7 +150,12 @@ def merged_tensors(theta_0: Weights, thetas: Sequence[Weights], combine: Combine
     Half-precision weights are combined in fp32.
     """
     for name, w in theta_0.items():
-        yield name, (wide(w) + combine(name, taus(theta_0, thetas, name))).to(w.dtype)
+        yield name, merged_tensor(name, w, taus(theta_0, thetas, name), combine)
+
+
+def merged_tensor(name: str, w: Tensor, taus: Tensor, combine: Combine) -> Tensor:
+    """One tensor of theta_0 plus its merged task vector."""
+    return (wide(w) + combine(name, taus)).to(w.dtype)
 
 
 def taus(theta_0: Weights, thetas: Sequence[Weights], name: str) -> Tensor:

@@ -1,0 +1,157 @@
+"""Every merging method on the fine-tuned models of every arm, beside what bounds them: `python -m samlib.compare`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from samlib import clip as clip_module
+from samlib import merge, tasks
+from samlib.clip import Clip, Theta, accuracy, zero_shot_head
+from samlib.experiment import ARMS, JOINT, publish_runs, recipes
+from samlib.finetune import Finetuned, finetune_many
+from samlib.interference import normalised_accuracy
+from samlib.run import Run, begin
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A method of the table.
+
+    Args:
+        function: its name in `samlib.merge.METHODS`.
+        grid: field of the preset that holds the candidates for lam; None where the method has none.
+        settings: hyper-parameters that differ from the method's defaults.
+    """
+
+    function: str
+    grid: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+MERGES: dict[str, Merge] = {
+    "averaging": Merge("average"),
+    "task arithmetic": Merge("task_arithmetic", "lambdas"),
+    "DARE": Merge("dare", "lambdas"),
+    "Consensus": Merge("consensus", "lambdas"),
+    "TIES": Merge("ties", "lambdas_wide"),
+    "Model Stock": Merge("model_stock", "lambdas_wide"),
+    "TSV-M": Merge("tsv_m", "lambdas_wide"),
+    "Iso-C": Merge("iso_c", "lambdas_wide"),
+    "Iso-CTS": Merge("iso_cts", "lambdas_wide"),
+    "WUDI": Merge("wudi", "lambdas_wide", {"lr": 1e-3}),  # with 1e-5 the objective has not fallen far after 300 steps
+    "Fisher": Merge("fisher"),
+    "RegMean": Merge("regmean"),
+    "AdaMerging": Merge("adamerging"),
+    "KL to the experts": Merge("adamerging", settings={"objective": "kl", "lr": 1e-2}),
+    "KL, SAM at the merge": Merge("adamerging", settings={"objective": "kl", "lr": 1e-2, "rho": 0.05}),
+}
+
+
+def merge_all(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
+    """Merge the models of one arm and one seed by every method; trained and measured once, then read.
+
+    Where a method has a lambda, it is the one with the best mean normalised accuracy on the validation splits. Methods
+    that need images see those of the validation splits, without labels. All accuracies returned are those of the test
+    splits.
+
+    Args:
+        run: preset, device and cache.
+        clip: the pre-trained model.
+        arm: one of `experiment.ARMS`, or `experiment.JOINT`, of which there is nothing to merge.
+        seed: of the fine-tuning, and of the methods that draw at random.
+        length: multiple of the preset's steps.
+
+    Returns:
+        "single" and each name in MERGES -> `accuracy` by task, `mean`, `normalised`, `seconds` of the merge, and `lam`,
+        `curve` where a lambda was chosen. Of JOINT, "single" only: the upper bound.
+
+    Taught in: 05_merging.
+    """
+    todo = recipes(run, arm, seed, length)
+
+    def compute() -> dict[str, Any]:
+        done = finetune_many(todo, clip, run.device, run.cache, jobs=1)
+        return _merge_all(run, clip, done, seed)
+
+    p = run.preset
+    decides = {
+        "recipes": [asdict(r) for r in todo],
+        "grids": [p.lambdas, p.lambdas_wide],
+        "merges": {name: asdict(m) for name, m in MERGES.items()},
+        "n_eval": p.n_eval,
+        "code": inspect.getsource(_merge_all),
+    }
+    value: dict[str, Any] = run.cached("merge-all", decides, compute)
+    return value
+
+
+def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned], seed: int) -> dict[str, Any]:
+    p, encoder = run.preset, clip.encoder
+    loaded = [tasks.load(name) for name in p.tasks]
+    heads = [zero_shot_head(clip, task) for task in loaded]
+    tests = [tasks.subset(task.test, p.n_eval) for task in loaded]
+    validations = [tasks.subset(task.validation, p.n_eval) for task in loaded]
+    images = [split.images for split in validations]
+    theta_0 = clip_module.theta(encoder)
+    thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
+    if len(thetas) == 1:
+        thetas *= len(p.tasks)  # one model for all tasks
+
+    def accuracies(models: Sequence[Theta], splits: Sequence[tasks.Split]) -> list[float]:
+        parts = zip(models, splits, heads, strict=True)
+        return [accuracy(encoder, theta, split, head) for theta, split, head in parts]
+
+    single, own = accuracies(thetas, tests), accuracies(thetas, validations)
+
+    def row(found: list[float]) -> dict[str, Any]:
+        return {
+            "accuracy": dict(zip(p.tasks, found, strict=True)),
+            "mean": sum(found) / len(found),
+            "normalised": normalised_accuracy(found, single),
+        }
+
+    rows = {"single": row(single)}
+    for name, method in MERGES.items() if len(done) > 1 else ():
+        begun = time.monotonic()
+        function = getattr(merge, method.function)
+        rules = merge.METHODS[method.function].rules
+        settings = method.settings | ({"seed": seed} if "seed" in rules else {})
+        if merge.METHODS[method.function].plan is None:
+            merged = function(encoder, theta_0, thetas, images, heads, **settings)
+        else:
+            merged = function(theta_0, thetas, **settings, **({"lam": 1.0} if method.grid else {}))
+        extra: dict[str, Any] = {"seconds": time.monotonic() - begun}
+        if method.grid:
+            grid = getattr(p, method.grid)
+            curve = merge.accuracy_curve(encoder, theta_0, merged, grid, validations, heads)  # (G, T)
+            ratios = curve / torch.tensor(own, dtype=torch.float64)
+            lam = merge.choose_lambda(ratios, grid)[0]
+            merged = merge.task_arithmetic(theta_0, [merged], lam)
+            extra |= {"lam": lam, "curve": ratios.mean(1).tolist()}
+        rows[name] = row(accuracies([merged] * len(tests), tests)) | extra
+    return rows
+
+
+def main() -> None:
+    """Merge by every method, seed after seed, and rewrite the published values after each; resumable."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", default="published")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
+    a = parser.parse_args()
+    run = begin("compare", preset=a.preset)
+    clip = clip_module.load(run.device)
+    for seed in a.seeds or run.preset.seeds:
+        publish_runs(run, clip, merge_all, [(arm, seed, 1.0) for arm in (*ARMS, JOINT)])
+
+
+if __name__ == "__main__":
+    from samlib import compare
+
+    compare.main()  # by its own name, under which worker processes can import what they run
