@@ -319,3 +319,42 @@ def test_accuracy_curve_is_that_of_the_models_on_the_line(tiny: Any) -> None:
     assert len(curve.unique()) > 2  # the line is not flat, so that agreement means something
     with pytest.raises(ValueError, match="0 values of lam, 2 splits and 2 heads"):
         accuracy_curve(tiny.encoder, theta_0, theta_0, [], splits, heads)
+
+
+def test_sam_over_the_coefficients_is_two_merges_a_step_written_out(tiny: Any) -> None:
+    loaded = [samlib.tasks.load(name) for name in ("warm", "cool")]
+    heads = [clip.zero_shot_head(tiny, task) for task in loaded]
+    images = [task.validation.images[:5] for task in loaded]  # one batch holds them all, whatever the order
+    theta_0 = clip.theta(tiny.encoder)
+    torch.manual_seed(2)
+    thetas = [{name: w + w.std() * torch.randn_like(w) for name, w in theta_0.items()} for _ in loaded]
+    lams = torch.full((2, len(theta_0)), 0.3)
+    names, rho, lr = list(theta_0), 0.2, 0.05
+
+    def merged(lams: Tensor) -> Theta:
+        return {
+            name: w + sum(lams[t, i] * (theta[name] - w) for t, theta in enumerate(thetas))
+            for i, (name, w) in enumerate(theta_0.items())
+        }
+
+    def gradient(lams: Tensor) -> Tensor:
+        lams = lams.clone().requires_grad_()
+        loss = torch.zeros(())
+        for x, head, theta in zip(images, heads, thetas, strict=True):
+            p = (torch.func.functional_call(tiny.encoder, theta, (x,)) @ head.T).softmax(1).detach()
+            log_q = (torch.func.functional_call(tiny.encoder, merged(lams), (x,)) @ head.T).log_softmax(1)
+            loss = loss + (p * (p.log() - log_q)).sum() / len(x)  # KL(expert || merged)
+        return torch.autograd.grad(loss, lams)[0]
+
+    m, v = torch.zeros_like(lams), torch.zeros_like(lams)
+    for step in (1, 2, 3):  # Adam by hand, with the gradient at the climbed coefficients
+        g = gradient(lams)
+        g = gradient(lams + rho * g / g.norm())
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.square()
+        lams = lams - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    settings: dict[str, Any] = {"objective": "kl", "rho": rho, "lr": lr, "steps": 3, "batch_size": 5}
+    found = samlib.merge.adamerging(tiny.encoder, theta_0, thetas, images, heads, **settings)
+    plain = samlib.merge.adamerging(tiny.encoder, theta_0, thetas, images, heads, **settings | {"rho": 0.0})
+    for name, w in merged(lams).items():
+        torch.testing.assert_close(found[name], w, rtol=1e-4, atol=1e-5)
+    assert any((found[name] - plain[name]).abs().max() > 1e-3 for name in names)  # the climb makes a difference

@@ -75,6 +75,7 @@ def model_stock(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -
         ValueError: T < 2, or as for `task_arithmetic`.
 
     Source: Jang et al. 2024 (layer-wise ratio).
+    Taught in: 05_merging.
     """
     T = len(thetas)
     if T < 2:
@@ -114,6 +115,7 @@ def consensus(
         ValueError: a setting out of range, or as for `average`.
 
     Source: Wang et al. 2024 (TALL-masks, consensus).
+    Taught in: 05_merging.
     """
 
     def combine(name: str, taus: Tensor) -> Tensor:
@@ -155,6 +157,7 @@ def dare(
         ValueError: a setting out of range, or as for `average`.
 
     Source: Yu et al. 2024 (DARE).
+    Taught in: 05_merging.
     """
     dropped = [Dropped(theta_0, theta, drop, f"{seed}/{t}") for t, theta in enumerate(thetas)]
     plan = METHODS[then].plan

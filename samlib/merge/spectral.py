@@ -38,6 +38,7 @@ def tsv_m(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Comb
         ValueError: lam not finite, empty list, names, shapes or dtypes differ, or a value is not finite.
 
     Source: Gargiulo et al. 2025 (TSV-Merge).
+    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:
@@ -65,6 +66,7 @@ def iso_c(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Comb
         ValueError: as for `tsv_m`.
 
     Source: Marczak et al. 2025 (Iso-C).
+    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:
@@ -93,6 +95,7 @@ def iso_cts(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, commo
         ValueError: a setting out of range, or as for `tsv_m`.
 
     Source: Marczak et al. 2025 (Iso-CTS).
+    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ def wudi(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, steps: i
         ValueError: a setting out of range, or as for `tsv_m`.
 
     Source: Cheng et al. 2025 (WUDI-Merging).
+    Taught in: 05_merging.
     """
 
     def combine(taus: Tensor) -> Tensor:
@@ -147,6 +151,9 @@ def wudi(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, steps: i
 
 def _svd(matrix: Tensor, share: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, k), S (k,), V^T (k, n): the leading `share` singular triplets, by default all."""
+    if matrix.shape[0] < matrix.shape[1]:  # LAPACK takes twice as long for a wide matrix as for its transpose
+        v, s, uh = _svd(matrix.mT, share)
+        return uh.mT, s, v.mT
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :share], s[:share], vh[:share]
 
@@ -156,5 +163,5 @@ def orthonormal(matrix: Tensor) -> Tensor:
 
     Source: Schoenemann 1966 (orthogonal Procrustes problem).
     """
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, _, vh = _svd(matrix)
     return u @ vh

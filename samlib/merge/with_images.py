@@ -53,6 +53,7 @@ def fisher(
         ValueError: a setting out of range, not one set of images and one head a task, or weights that do not fit.
 
     Source: Matena and Raffel 2022, eq. 3 and 6.
+    Taught in: 05_merging.
     """
     numerator = {name: torch.zeros_like(w) for name, w in theta_0.items()}
     denominator = {name: torch.zeros_like(w) for name, w in theta_0.items()}
@@ -124,6 +125,7 @@ def regmean(
         ValueError: as for `fisher`.
 
     Source: Jin et al. 2023, section 3.
+    Taught in: 05_merging.
     """
     merged = {name: torch.stack([theta[name] for theta in thetas]).mean(0) for name in theta_0}
     grams = [input_grams(encoder, theta, x, batch_size) for theta, x in zip(thetas, images, strict=True)]
@@ -219,6 +221,7 @@ def adamerging(
         ValueError: as for `fisher`.
 
     Source: Yang et al. 2024, section 3.3 (AdaMerging); Foret et al. 2021 (SAM).
+    Taught in: 05_merging.
     """
     encoder.eval()
     device, dtype = heads[0].device, heads[0].dtype
