@@ -358,3 +358,21 @@ def test_sam_over_the_coefficients_is_two_merges_a_step_written_out(tiny: Any) -
     for name, w in merged(lams).items():
         torch.testing.assert_close(found[name], w, rtol=1e-4, atol=1e-5)
     assert any((found[name] - plain[name]).abs().max() > 1e-3 for name in names)  # the climb makes a difference
+
+
+def test_tsv_m_and_regmean_leave_what_one_task_wants_where_another_is_silent(tiny: Any) -> None:
+    """A zero task matrix has arbitrary singular vectors; a dead input has no equation."""
+    torch.manual_seed(3)
+    a = torch.randn(8, 8)
+    u, s, vh = torch.linalg.svd(a)
+    zero = {"weight": torch.zeros(8, 8)}
+    found = tsv_m(zero, [{"weight": a}, zero])["weight"]
+    torch.testing.assert_close(found, u[:, :4] @ s[:4].diag() @ vh[:4], rtol=1e-4, atol=1e-5)
+
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2, bias=False))
+    images = torch.rand(30, 3, 2, 2)
+    images[:, 0] = 0  # the first four inputs never occur
+    thetas = [{"1.weight": torch.randn(2, 12)} for _ in range(2)]
+    merged = samlib.merge.regmean(encoder, thetas[0], thetas, [images, images], [torch.eye(2)] * 2)["1.weight"]
+    mean = (thetas[0]["1.weight"] + thetas[1]["1.weight"]) / 2
+    torch.testing.assert_close(merged, mean, rtol=1e-4, atol=1e-5)  # equal inputs: averaging, everywhere

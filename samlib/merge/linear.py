@@ -62,7 +62,8 @@ def model_stock(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -
     """Model Stock: the average, pulled back towards theta_0 the more, the less the task vectors agree.
 
     Per tensor t = T c / (1 + (T - 1) c), where c is the mean cosine between two task vectors, and the merged task
-    vector is lam t (1/T) sum_t tau_t. Where 1 + (T - 1) c vanishes, the tensor stays at theta_0.
+    vector is lam t (1/T) sum_t tau_t. Where 1 + (T - 1) c vanishes, the tensor stays at theta_0. It is made for models
+    that agree: where c is negative the factor is, too, and is not bounded.
 
     Args:
         theta_0, thetas: as for `average`, T >= 2.
@@ -106,7 +107,7 @@ def consensus(
         theta_0, thetas: as for `average`.
         lam: coefficient of the masked sum, any finite number.
         mask_lam: how much larger than the rest an entry must be, >= 0 (0.2 to 0.6 in the paper).
-        agree: tasks that need an entry for it to stay, >= 1; 1 drops what no task needs.
+        agree: tasks that need an entry for it to stay, >= 1; 1 drops what no task needs; more than T drop everything.
 
     Returns:
         The merged weights.
@@ -148,7 +149,8 @@ def dare(
         lam: coefficient of the method that merges.
         drop: probability of an entry to be dropped, in [0, 1).
         seed: of the draw, >= 0; it depends on the seed, the task's place and the tensor's name only.
-        then: the method that merges: task_arithmetic, ties or consensus, with its defaults.
+        then: the method that merges: task_arithmetic, ties or consensus, with its defaults. (TIES keeps 20 % of the
+            entries; with drop > 0.8 fewer are left, and it only elects and merges.)
 
     Returns:
         The merged weights.

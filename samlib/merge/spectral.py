@@ -24,7 +24,8 @@ def tsv_m(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Comb
     """TSV-M: keep the leading singular triplets of every task, decorrelate them, and add.
 
     Of each task's matrix the first int(r/T) triplets are kept, r = min(rows, columns). The kept left vectors side
-    by side are replaced by the nearest matrix with orthonormal columns, the right ones likewise.
+    by side are replaced by the nearest matrix with orthonormal columns, the right ones likewise. A triplet whose
+    singular value is zero takes no part. With more tasks than rows or columns nothing is kept of a matrix.
 
     Args:
         theta_0: pre-trained weights.
@@ -43,7 +44,7 @@ def tsv_m(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Comb
 
     def combine(taus: Tensor) -> Tensor:
         share = min(taus.shape[1:]) // len(taus)
-        triplets = [_svd(tau, share) for tau in taus]
+        triplets = [_alive(*_svd(tau, share)) for tau in taus]
         u = torch.cat([u for u, _, _ in triplets], 1)  # (m, T share)
         s = torch.cat([s for _, s, _ in triplets])
         vh = torch.cat([vh for _, _, vh in triplets])  # (T share, n)
@@ -158,8 +159,16 @@ def _svd(matrix: Tensor, share: int | None = None) -> tuple[Tensor, Tensor, Tens
     return u[:, :share], s[:share], vh[:share]
 
 
+def _alive(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets without the vectors of singular value zero, which are arbitrary: they become zero, too."""
+    keep = s > s[:1] * max(len(u), vh.shape[1]) * torch.finfo(s.dtype).eps
+    return u * keep, s, vh * keep[:, None]
+
+
 def orthonormal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns (of a tall matrix) or rows (of a wide one), (m, n) -> (m, n).
+
+    It is unique at full rank; of a rank-deficient matrix, one of the nearest.
 
     Source: Schoenemann 1966 (orthogonal Procrustes problem).
     """

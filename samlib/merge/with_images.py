@@ -131,9 +131,10 @@ def regmean(
     grams = [input_grams(encoder, theta, x, batch_size) for theta, x in zip(thetas, images, strict=True)]
     for name in grams[0]:
         shrunk = [g * shrink + g.diag().diag() * (1 - shrink) for g in (one[name].double() for one in grams)]
-        pull = torch.stack([theta[name].double() @ g for theta, g in zip(thetas, shrunk, strict=True)]).sum(0)
+        mean = merged[name].double()  # solved around it: what no input ever reaches is averaged
+        pull = torch.stack([(theta[name].double() - mean) @ g for theta, g in zip(thetas, shrunk, strict=True)]).sum(0)
         inverse = torch.linalg.pinv(torch.stack(shrunk).sum(0), hermitian=True)
-        merged[name] = (pull @ inverse).to(merged[name].dtype)
+        merged[name] = (mean + pull @ inverse).to(merged[name].dtype)
     return merged
 
 
