@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from samlib.cache import replacing, unreadable
 
+Theta = dict[str, Tensor]  # the weights of a model by name
+
 
 def save(path: Path, owner: str, tensors: Mapping[str, Tensor], optimizer: Optimizer, facts: dict[str, Any]) -> None:
     """Write one file atomically.

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from samlib.cache import unreadable
+from samlib.checkpoint import Theta
 from samlib.tasks import Split, Task
 
 FOLDER = Path(__file__).parent / "testbed" / "model"
 WEIGHTS = FOLDER / "model.safetensors"
 ROWS = "token_rows"  # (V,) the ids of the tokens that pre-training touched, beside their embeddings
-
-Theta = dict[str, Tensor]
 
 default_cfgs = generate_default_cfgs({"vit_convstem_32": {"input_size": (3, 32, 32)}})  # timm looks for this name
 

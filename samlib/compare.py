@@ -1,4 +1,4 @@
-"""Every merging method on the fine-tuned models of every arm, beside what bounds them: `python -m samlib.compare`."""
+"""Every merging method on the models of every arm, beside a model trained on all tasks: `python -m samlib.compare`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def merge_all(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) ->
 
     Returns:
         "single" and each name in MERGES -> `accuracy` by task, `mean`, `normalised`, `seconds` of the merge, and `lam`,
-        `curve` where a lambda was chosen. Of JOINT, "single" only: the upper bound.
+        `curve` where a lambda was chosen. Of JOINT, "single" only.
 
     Taught in: 05_merging.
     """

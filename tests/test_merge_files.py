@@ -192,3 +192,9 @@ def test_the_command_line_has_the_names_of_the_functions(
     main(["list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in METHODS) and "density: a number in (0, 1]; 0.2 by default" in listed
+
+
+def test_the_command_line_does_not_load_what_only_training_needs() -> None:
+    script = "import sys, samlib.merge.files; print(sorted({'open_clip', 'timm', 'datasets', 'pandas'} & {*sys.modules}))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"  # they take seconds and 300 MB

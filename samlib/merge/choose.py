@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from samlib.merge.method import Theta
-from samlib.tasks import Split
+
+if TYPE_CHECKING:  # samlib.tasks is slow to import, and `python -m samlib.merge` has no use for it
+    from samlib.tasks import Split
 
 BATCH = 100  # images in one forward pass: their activations fit a processor's cache
 

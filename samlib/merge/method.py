@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from samlib.clip import Theta
+from samlib.checkpoint import Theta
 
 P = ParamSpec("P")
 Weights = Mapping[str, Tensor]  # by name; may read a tensor from a file when it is asked for

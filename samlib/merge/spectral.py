@@ -83,7 +83,8 @@ def iso_cts(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, commo
 
     The first `common` share of the singular triplets of the sum spans the common space. Each task adds as many
     leading triplets of what it has outside of the common left space as fill the rest, shared equally. All left and
-    right vectors are then made orthonormal, all singular values replaced by their mean.
+    right vectors are then made orthonormal, all singular values replaced by their mean. Of matrices without enough
+    directions, arbitrary ones fill the rest.
 
     Args:
         theta_0, thetas, lam: as for `tsv_m`.
