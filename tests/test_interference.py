@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlib import clip, tasks
-from samlib.interference import cosine, normalised_accuracy, sign_conflict, xi
+from samlib.interference import (
+    above_chord,
+    cosine,
+    cross_task_linearity,
+    effective_rank,
+    linearity_bound,
+    losses_on_line,
+    normalised_accuracy,
+    sign_conflict,
+    xi,
+)
 from samlib.tasks import Split
 
 
@@ -125,3 +135,114 @@ def test_cosine_and_sign_conflict_by_hand() -> None:
     with pytest.raises(ValueError, match="zero task vector"):
         cosine(tau_1, zero)
     assert cosine(tau_1, {name: F.relu(-t) - F.relu(t) for name, t in tau_1.items()}) == pytest.approx(-1.0)
+
+
+# ---- along lines, and block by block
+
+
+class Linear(nn.Module):
+    """Features that are linear in the weights, or, with a bend, are not."""
+
+    def __init__(self, bend: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 4, bias=False)
+        self.second = nn.Linear(4, 3, bias=False) if bend else nn.Identity()
+        self.bend = bend
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.first(images.flatten(1))
+        return self.second(hidden.tanh() if self.bend else hidden)  # type: ignore[no-any-return]
+
+
+def random_theta(encoder: nn.Module, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(w.shape, generator=generator) for name, w in encoder.named_parameters()}
+
+
+def test_xi_is_that_of_four_predictions_a_cell(tiny: Any) -> None:
+    theta_0 = clip.theta(tiny.encoder)
+    torch.manual_seed(0)
+    theta_1, theta_2 = ({n: w + w.std() * torch.randn_like(w) for n, w in theta_0.items()} for _ in range(2))
+    loaded = [tasks.load("warm"), tasks.load("cool")]
+    heads = [clip.zero_shot_head(tiny, task) for task in loaded]
+    grid = [-1.0, 0.0, 0.5, 2.0]
+    parts = (loaded[0].test, heads[0], loaded[1].test, heads[1])
+    found = xi(tiny.encoder, theta_0, theta_1, theta_2, *parts, grid, grid)
+    for i, a_1 in enumerate(grid):
+        for j, a_2 in enumerate(grid):
+            expected = 0.0
+            for t, alone in ((0, (a_1, 0.0)), (1, (0.0, a_2))):
+                both = []
+                for b_1, b_2 in (alone, (a_1, a_2)):
+                    theta = {n: w + b_1 * (theta_1[n] - w) + b_2 * (theta_2[n] - w) for n, w in theta_0.items()}
+                    both.append(clip.logits(tiny.encoder, theta, loaded[t].test.images, heads[t]).argmax(1))
+                expected += float((both[0] != both[1]).double().mean())
+            assert found[i, j] == pytest.approx(expected, abs=1e-12)
+    assert (found[1] > 0).any() and found[1, 1] == 0
+
+
+def test_a_network_that_is_linear_in_its_weights_is_cross_task_linear() -> None:
+    images = torch.rand(20, 3, 2, 2)
+    encoder = Linear()
+    found = cross_task_linearity(encoder, random_theta(encoder, 0), random_theta(encoder, 1), images, ["first"], 0.3)
+    assert found["first"]["distance"] == pytest.approx(0, abs=1e-6)
+    assert found["first"]["coefficient"] == pytest.approx(1, abs=1e-6)
+    assert found["first"]["baseline"] > 0.1
+
+
+def test_cross_task_linearity_is_that_of_a_direct_loop() -> None:
+    encoder = Linear(bend=True)
+    images = torch.rand(7, 3, 2, 2)
+    theta_1, theta_2 = random_theta(encoder, 0), random_theta(encoder, 1)
+    found = cross_task_linearity(encoder, theta_1, theta_2, images, ["first", "second"], 0.3, batch_size=3)
+
+    def features(theta: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(encoder, theta, (image[None],))[0].double()
+
+    middle = {name: 0.3 * theta_1[name] + 0.7 * theta_2[name] for name in theta_1}
+    distance, coefficient, baseline = [], [], []
+    for image in images:
+        one, two, A = (features(theta, image) for theta in (theta_1, theta_2, middle))
+        B = 0.3 * one + 0.7 * two
+        distance.append(float(1 - A @ B / (A.norm() * B.norm())))
+        coefficient.append(float(A @ B / (B @ B)))
+        baseline.append(float(1 - one @ two / (one.norm() * two.norm())))
+    for name, values in (("distance", distance), ("coefficient", coefficient), ("baseline", baseline)):
+        assert found["second"][name] == pytest.approx(sum(values) / 7, rel=1e-5)
+    assert found["second"]["distance"] > 1e-3  # it bends
+    with pytest.raises(ValueError, match=r"unknown: \['third'\]"):
+        cross_task_linearity(encoder, theta_1, theta_2, images, ["third"])
+
+
+def test_losses_on_a_line_and_their_barrier() -> None:
+    encoder = Linear(bend=True)
+    split = Split(torch.rand(9, 3, 2, 2), torch.arange(9) % 2)
+    head = torch.randn(2, 3)
+    theta_a, theta_b = random_theta(encoder, 2), random_theta(encoder, 3)
+    grid = [0.0, 0.25, 1.0, 1.5]
+    losses = losses_on_line(encoder, theta_a, theta_b, grid, split, head)
+    for a, loss in zip(grid, losses, strict=True):
+        theta = {name: (1 - a) * w + a * theta_b[name] for name, w in theta_a.items()}
+        outputs = torch.func.functional_call(encoder, theta, (split.images,)) @ head.T
+        assert loss == pytest.approx(F.cross_entropy(outputs, split.labels).item(), rel=1e-5)
+    assert above_chord(torch.tensor([1.0, 4.0, 2.0]), [0.0, 0.5, 1.0]).tolist() == [0.0, 2.5, 0.0]
+    with pytest.raises(ValueError, match="ascending grid from 0 to 1"):
+        above_chord(losses, grid)
+
+
+def test_two_round_bowls_reach_the_linearity_bound() -> None:
+    """L_s = beta_s |theta - theta_s|^2 / 2: along the line the sum lies below its chord, by exactly the bound."""
+    a = torch.linspace(0, 1, 11, dtype=torch.float64)
+    distance, beta_s, beta_t = 3.0, 0.5, 2.0
+    joint = beta_t * (a * distance) ** 2 / 2 + beta_s * ((1 - a) * distance) ** 2 / 2  # a = 0 at theta_t
+    delta = above_chord(joint, a.tolist())
+    torch.testing.assert_close(-delta, linearity_bound(a.tolist(), beta_s, beta_t, distance))
+
+
+def test_effective_rank_counts_directions() -> None:
+    assert effective_rank(torch.eye(5)) == pytest.approx(5)
+    assert effective_rank(torch.outer(torch.arange(1.0, 4), torch.ones(6))) == pytest.approx(1, abs=1e-5)
+    p = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    assert effective_rank(torch.diag(4 * p)) == pytest.approx(math.exp(float(-(p * p.log()).sum())))
+    with pytest.raises(ValueError, match="not zero"):
+        effective_rank(torch.zeros(2, 2))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,8 @@ def test_the_command_line_has_the_names_of_the_functions(
 
 
 def test_the_command_line_does_not_load_what_only_training_needs() -> None:
-    script = "import sys, samlib.merge.files; print(sorted({'open_clip', 'timm', 'datasets', 'pandas'} & {*sys.modules}))"
+    script = (
+        "import sys, samlib.merge.files; print(sorted({'open_clip', 'timm', 'datasets', 'pandas'} & {*sys.modules}))"
+    )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"  # they take seconds and 300 MB

@@ -1,0 +1,274 @@
+"""How curved the loss is at a model: eigenvalues, trace and spectral density of the Hessian, and sharpness.
+
+All of it in evaluation mode and fp32 (or fp64, if the weights are), on the images that are given. The Hessian needs
+second derivatives, which fused attention kernels do not have: `clip.vit_convstem_32` switches them off, and for other
+networks `hessian` computes under the plain kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from curvlinops import HessianLinearOperator
+from scipy.sparse.linalg import eigsh
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from samlib.clip import Theta
+from samlib.tasks import Split
+
+
+class Classifier(nn.Module):
+    """An image encoder with a fixed head: images (B, 3, H, W) -> logits (B, K)."""
+
+    def __init__(self, encoder: nn.Module, head: Tensor) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("head", head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features times head."""
+        logits: Tensor = self.encoder(images) @ self.head.T
+        return logits
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by plain matrix products, which can be differentiated twice."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def hessian(
+    encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int = 100
+) -> HessianLinearOperator:
+    """The Hessian of the mean cross-entropy, as an operator that multiplies vectors without being formed.
+
+    Args:
+        encoder: gives the architecture.
+        theta: weights by name, P numbers in all; rows and columns follow their order, flattened.
+        split: images and labels.
+        head: (K, d).
+        batch_size: images in one backward pass; it does not change the result.
+
+    Returns:
+        A linear operator (P, P); use it inside `plain_attention`.
+
+    Raises:
+        ValueError: no image.
+
+    Source: Pearlmutter 1994 (products with the Hessian).
+    """
+    if not len(split):
+        raise ValueError("the Hessian needs at least one image")
+    model = Classifier(copy.deepcopy(encoder), head).to(head.device).eval()
+    with torch.no_grad():
+        for name, parameter in model.encoder.named_parameters():
+            parameter.data = theta[name].detach().clone().to(head.device)
+    parameters = dict(model.encoder.named_parameters())
+    images, labels = split.images.to(head.device), split.labels.to(head.device)
+    data = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    loss = nn.CrossEntropyLoss(reduction="mean")
+    ordered = [parameters[name] for name in theta]
+    return HessianLinearOperator(model, loss, ordered, data, check_deterministic=False)
+
+
+def top_eigenvalues(
+    operator: HessianLinearOperator, k: int = 1, tol: float = 1e-3, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues and their eigenvectors, by implicitly restarted Lanczos.
+
+    Args:
+        operator: symmetric, (P, P).
+        k: how many, in [1, P).
+        tol: relative accuracy of the eigenvalues.
+        seed: of the vector that the iteration starts from.
+
+    Returns:
+        Eigenvalues (k,), largest first, and unit eigenvectors (P, k), float64.
+
+    Raises:
+        ValueError: k out of range.
+
+    Source: Lehoucq et al. 1998 (ARPACK, through scipy).
+    """
+    size = operator.shape[0]
+    if not 1 <= k < size:
+        raise ValueError(f"k must be an integer in [1, {size}), not {k}")
+    start = np.random.default_rng(seed).standard_normal(size)
+    with plain_attention():
+        values, vectors = eigsh(operator.to_scipy(), k=k, which="LA", tol=tol, v0=start)
+    order = np.argsort(values)[::-1].copy()
+    return torch.from_numpy(values[order]).double(), torch.from_numpy(vectors[:, order]).double()
+
+
+def trace(operator: HessianLinearOperator, probes: int = 20, seed: int = 0) -> tuple[float, float]:
+    """The trace and its standard error, from random vectors of signs.
+
+    Args:
+        operator: symmetric, (P, P).
+        probes: number of vectors, >= 2; the standard error falls with its square root.
+        seed: of the vectors.
+
+    Returns:
+        The estimate and its standard error.
+
+    Raises:
+        ValueError: fewer than two probes.
+
+    Source: Hutchinson 1989.
+    """
+    if probes < 2:
+        raise ValueError(f"trace needs at least two probes to know its error, not {probes}")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    with plain_attention():
+        for _ in range(probes):
+            signs = torch.randint(0, 2, (operator.shape[0],), generator=generator) * 2.0 - 1.0
+            signs = signs.to(operator.device, operator.dtype)
+            found.append(float(signs.double() @ (operator @ signs).double()))
+    samples = torch.tensor(found, dtype=torch.float64)
+    return samples.mean().item(), samples.std().item() / math.sqrt(probes)
+
+
+def quadratic_form(operator: HessianLinearOperator, direction: Theta) -> float:
+    """v^T H v / ||v||^2, the curvature along a direction.
+
+    Args:
+        operator: of `hessian`.
+        direction: v, shaped as the weights and in their order, not zero.
+
+    Raises:
+        ValueError: the direction is zero.
+    """
+    v = torch.cat([w.reshape(-1) for w in direction.values()]).to(operator.device, operator.dtype)
+    length = float(v.double().square().sum())
+    if length == 0:
+        raise ValueError("a zero vector has no direction")
+    with plain_attention():
+        return float(v.double() @ (operator @ v).double()) / length
+
+
+def spectral_density(
+    operator: HessianLinearOperator, steps: int = 30, probes: int = 5, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The spectrum as point masses, by stochastic Lanczos quadrature.
+
+    The sum of w f(x) over the points estimates (1/P) sum_i f(lambda_i), exactly in expectation for polynomials f of a
+    degree below 2 steps.
+
+    Args:
+        operator: symmetric, (P, P).
+        steps: m Lanczos steps for each probe, in [1, P].
+        probes: n random vectors.
+        seed: of the vectors.
+
+    Returns:
+        Points and weights, float64, (n m,) each or fewer where an iteration ends early; the weights sum to 1.
+
+    Raises:
+        ValueError: steps or probes out of range.
+
+    Source: Ubaru et al. 2017; Ghorbani et al. 2019 (networks).
+    """
+    size = operator.shape[0]
+    if not 1 <= steps <= size or probes < 1:
+        raise ValueError(f"steps must be in [1, {size}] and probes >= 1, not {steps} and {probes}")
+    generator = torch.Generator().manual_seed(seed)
+    points, weights = [], []
+    with plain_attention():
+        for _ in range(probes):
+            v = torch.randn(size, generator=generator, dtype=torch.float64)
+            alphas, betas = _lanczos(operator, v / v.norm(), steps)
+            matrix = torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1)
+            values, vectors = torch.linalg.eigh(matrix)
+            points.append(values)
+            weights.append(vectors[0].square() / probes)
+    return torch.cat(points), torch.cat(weights)
+
+
+def _lanczos(operator: HessianLinearOperator, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The tridiagonal matrix of a Krylov space: its diagonal (m,) and off-diagonal (m - 1,), fully reorthogonalised."""
+    basis, alphas, betas = [v], [], []
+    for step in range(steps):
+        w = (operator @ basis[-1].to(operator.device, operator.dtype)).cpu().double()
+        alphas.append(w @ basis[-1])
+        for _ in range(2):  # twice is enough (Parlett 1998)
+            q = torch.stack(basis, 1)  # (P, step + 1)
+            w = w - q @ (q.T @ w)
+        beta = w.norm()
+        if step + 1 == steps or beta < 1e-10 * max(1.0, float(torch.stack(alphas).abs().max())):
+            break
+        betas.append(beta)
+        basis.append(w / beta)
+    return torch.stack(alphas), torch.stack(betas) if betas else torch.zeros(0, dtype=torch.float64)
+
+
+def sharpness(
+    encoder: nn.Module,
+    theta: Theta,
+    split: Split,
+    head: Tensor,
+    rho: float,
+    adaptive: bool = False,
+    probes: int = 10,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How far the loss rises within a ball around the weights: to first order at worst, and at random.
+
+    The worst direction is SAM's: eps = rho g / ||g||, or ASAM's, rho s^2 g / ||s g|| with s = |theta|; the random ones
+    are rho z / ||z|| with z normal, or rho s z / ||z||. Here g is the gradient on all images that are given.
+
+    Args:
+        encoder, theta, split, head: as for `hessian`.
+        rho: radius, > 0.
+        adaptive: measure lengths in units of each weight's own size.
+        probes: random directions, >= 1.
+        seed: of the directions.
+
+    Returns:
+        `loss`; `worst` and `average`, rises of the loss in nats.
+
+    Raises:
+        ValueError: rho or probes out of range.
+
+    Source: Foret et al. 2021, eq. 2; Kwon et al. 2021, eq. 4; Andriushchenko et al. 2023 (average case).
+    """
+    if not rho > 0 or probes < 1:
+        raise ValueError(f"sharpness needs rho > 0 and probes >= 1, not {rho} and {probes}")
+    model = Classifier(encoder, head).eval()
+    images, labels = split.images.to(head.device), split.labels.to(head.device)
+
+    def loss_at(weights: Theta) -> Tensor:
+        named = {f"encoder.{name}": w for name, w in weights.items()}
+        parts = zip(images.split(100), labels.split(100), strict=True)
+        losses = [F.cross_entropy(torch.func.functional_call(model, named, (x,)), y, reduction="sum") for x, y in parts]
+        return torch.stack(losses).sum() / len(labels)
+
+    start = {name: w.detach().to(head.device).requires_grad_() for name, w in theta.items()}
+    loss = loss_at(start)
+    gradient = dict(zip(start, torch.autograd.grad(loss, list(start.values())), strict=True))
+    scale = {name: w.detach().abs() if adaptive else torch.ones_like(w) for name, w in start.items()}
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def rise(direction: Theta) -> float:
+        """Of the step rho s (s d) / ||s d||, which is rho s^2 d / ||s d||."""
+        scaled = {name: scale[name] * d for name, d in direction.items()}
+        length = math.sqrt(sum(float(d.double().square().sum()) for d in scaled.values()))
+        moved = {name: w + rho / length * scale[name] * scaled[name] for name, w in start.items()}
+        return float(loss_at(moved) - loss.detach())
+
+    def random_direction() -> Theta:
+        """z / s, so that its scaled version is z."""
+        draws = {name: torch.randn(w.shape, generator=generator).to(w.device, w.dtype) for name, w in start.items()}
+        return {name: torch.where(scale[name] > 0, z / scale[name], 0) for name, z in draws.items()}
+
+    average = sum(rise(random_direction()) for _ in range(probes)) / probes
+    return {"loss": float(loss.detach()), "worst": rise(gradient), "average": average}
