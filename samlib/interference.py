@@ -325,8 +325,8 @@ def taylor_terms(
             return cross_entropy(functional_call(encoder, theta, (x,)) @ head.T, y, reduction="sum") / len(labels)
 
         with sdpa_kernel(SDPBackend.MATH):
-            both, tangents = jvp(grad_and_value(loss), (theta_t,), (eps,))
-        (g, value), (curved, slope) = both, tangents
+            there, along = jvp(grad_and_value(loss), (theta_t,), (eps,))[:2]
+        (g, value), (curved, slope) = there, along  # gradient and loss; H eps and g . eps
         with torch.no_grad():
             totals["gap"] += float(loss({name: w + eps[name] for name, w in theta_t.items()}) - value)
         totals["first"] += float(slope)
