@@ -115,7 +115,7 @@ PRESETS: dict[str, Preset] = {
             steps=256,
             lengths=(1.0,),
             xi_grid=_grid(-2, 2, 9),
-            note="a quarter of an hour on two cores; one seed, training cut short",
+            note="about twenty minutes on two cores; one seed, training cut short",
         ),
         _PUBLISHED,
         Preset(
