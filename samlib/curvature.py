@@ -1,16 +1,13 @@
 """How curved the loss is at a model: eigenvalues, trace and spectral density of the Hessian, and sharpness.
 
 All of it in evaluation mode and fp32 (or fp64, if the weights are), on the images that are given. The Hessian needs
-second derivatives, which fused attention kernels do not have: `clip.vit_convstem_32` switches them off, and for other
-networks `hessian` computes under the plain kernel.
+second derivatives, which fused attention kernels do not have, so its products are taken under the plain kernel.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +15,7 @@ import torch.nn.functional as F
 from curvlinops import HessianLinearOperator
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samlib.clip import Theta
@@ -38,13 +36,6 @@ class Classifier(nn.Module):
         return logits
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by plain matrix products, which can be differentiated twice."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 def hessian(
     encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int = 100
 ) -> HessianLinearOperator:
@@ -58,7 +49,7 @@ def hessian(
         batch_size: images in one backward pass; it does not change the result.
 
     Returns:
-        A linear operator (P, P); use it inside `plain_attention`.
+        A linear operator (P, P); products outside of this module go under `sdpa_kernel(SDPBackend.MATH)`.
 
     Raises:
         ValueError: no image.
@@ -102,7 +93,7 @@ def top_eigenvalues(
     if not 1 <= k < size:
         raise ValueError(f"k must be an integer in [1, {size}), not {k}")
     start = np.random.default_rng(seed).standard_normal(size)
-    with plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):
         values, vectors = eigsh(operator.to_scipy(), k=k, which="LA", tol=tol, v0=start)
     order = np.argsort(values)[::-1].copy()
     return torch.from_numpy(values[order]).double(), torch.from_numpy(vectors[:, order]).double()
@@ -128,7 +119,7 @@ def trace(operator: HessianLinearOperator, probes: int = 20, seed: int = 0) -> t
         raise ValueError(f"trace needs at least two probes to know its error, not {probes}")
     generator = torch.Generator().manual_seed(seed)
     found = []
-    with plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):
         for _ in range(probes):
             signs = torch.randint(0, 2, (operator.shape[0],), generator=generator) * 2.0 - 1.0
             signs = signs.to(operator.device, operator.dtype)
@@ -151,7 +142,7 @@ def quadratic_form(operator: HessianLinearOperator, direction: Theta) -> float:
     length = float(v.double().square().sum())
     if length == 0:
         raise ValueError("a zero vector has no direction")
-    with plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):
         return float(v.double() @ (operator @ v).double()) / length
 
 
@@ -182,7 +173,7 @@ def spectral_density(
         raise ValueError(f"steps must be in [1, {size}] and probes >= 1, not {steps} and {probes}")
     generator = torch.Generator().manual_seed(seed)
     points, weights = [], []
-    with plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):
         for _ in range(probes):
             v = torch.randn(size, generator=generator, dtype=torch.float64)
             alphas, betas = _lanczos(operator, v / v.norm(), steps)
@@ -242,14 +233,12 @@ def sharpness(
     """
     if not rho > 0 or probes < 1:
         raise ValueError(f"sharpness needs rho > 0 and probes >= 1, not {rho} and {probes}")
-    model = Classifier(encoder, head).eval()
+    encoder.eval()
     images, labels = split.images.to(head.device), split.labels.to(head.device)
 
     def loss_at(weights: Theta) -> Tensor:
-        named = {f"encoder.{name}": w for name, w in weights.items()}
-        parts = zip(images.split(100), labels.split(100), strict=True)
-        losses = [F.cross_entropy(torch.func.functional_call(model, named, (x,)), y, reduction="sum") for x, y in parts]
-        return torch.stack(losses).sum() / len(labels)
+        outputs = torch.cat([functional_call(encoder, weights, (x,)) @ head.T for x in images.split(100)])  # (N, K)
+        return F.cross_entropy(outputs, labels)
 
     start = {name: w.detach().to(head.device).requires_grad_() for name, w in theta.items()}
     loss = loss_at(start)

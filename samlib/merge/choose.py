@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -100,7 +101,7 @@ def choose_lambda(
         best = [int(scores.mean(1).argmax())] * T
     elif rule == "per task":
         best = scores.argmax(0).tolist()
-    elif isinstance(rule, (int, float)) and torch.isfinite(torch.tensor(rule)):
+    elif isinstance(rule, (int, float)) and math.isfinite(rule):
         return (float(rule),) * T
     else:
         raise ValueError(f"rule must be 'shared', 'per task' or a finite number, not {rule!r}")
