@@ -48,6 +48,25 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     return order[first - epochs[0] * n : last - epochs[0] * n]
 
 
+def mislabel(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:
+    """Labels of which a share is wrong: each with this probability becomes one of the other classes, all equally likely.
+
+    Args:
+        labels: int64 (N,), each in [0, classes).
+        classes: K >= 2.
+        share: probability of a wrong label, in [0, 1).
+        generator: source of the randomness, on the CPU.
+
+    Returns:
+        int64 (N,), the same labels for share 0; a larger share keeps the wrong labels of a smaller one.
+
+    Source: Zhang et al. 2017, section 2 (there the new class may be the old one).
+    """
+    wrong = torch.rand(len(labels), generator=generator) < share
+    step = torch.randint(1, classes, (len(labels),), generator=generator)
+    return torch.where(wrong, (labels + step) % classes, labels)
+
+
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Random resized crop of 90 to 100 % of the area, one an image; no flips, they would change digits.
 

@@ -50,8 +50,8 @@ class Finetuned:
             the recipe diagnoses, cosine (of the gradients before and after the climb) and eps_norm (length of the
             climb); where it looks at the validation split, validation_loss and validation_accuracy.
         seconds: wall time of the training.
-        train_loss: mean cross-entropy on the training images without augmentation, in nats.
-        train_accuracy: accuracy on them, in [0, 1]; of several tasks, both are the mean over them.
+        train_loss: mean cross-entropy on the training images without augmentation, in nats, with the labels trained on.
+        train_accuracy: accuracy on them, with the same labels, in [0, 1]; of several tasks, both are the mean over them.
         skipped: steps without an update, because a gradient overflowed under fp16.
     """
 
@@ -159,7 +159,7 @@ def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device, show: 
 def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path, show: bool) -> Finetuned:
     if recipe.batch_size % _processes():
         raise ValueError(f"batch_size must be a multiple of the {_processes()} processes, not {recipe.batch_size}")
-    sources = [_source(name, recipe.n_train, clip, device) for name in recipe.tasks]
+    sources = [_source(name, recipe, clip, device) for name in recipe.tasks]
     encoder = copy.deepcopy(clip.encoder).to(device).train().requires_grad_(True)
     model = DistributedDataParallel(encoder) if _processes() > 1 else encoder
     optimizer = _optimizer(recipe, model, encoder, device)
@@ -250,10 +250,12 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
     )
 
 
-def _source(name: str, n_train: int | None, clip: Clip, device: torch.device) -> _Source:
+def _source(name: str, recipe: Recipe, clip: Clip, device: torch.device) -> _Source:
     task = tasks.load(name)
-    train = tasks.subset(task.train, n_train)
-    train = tasks.Split(train.images.to(device), train.labels.to(device))
+    train = tasks.subset(task.train, recipe.n_train)
+    noise = batches.generator("labels", recipe.seed)
+    labels = batches.mislabel(train.labels, len(task.classes), recipe.label_noise, noise)
+    train = tasks.Split(train.images.to(device), labels.to(device))
     return _Source(train, task.validation, clip_module.zero_shot_head(clip, task).to(device))
 
 

@@ -35,6 +35,7 @@ class Recipe:
             over the last quarter of the steps.
         decay: of the moving average, in (0, 1).
         n_train: train on at most this many examples, >= 1, or None for all.
+        label_noise: share of the training labels that are replaced by another class, in [0, 1); drawn by the seed.
         seed: of data order, augmentation and noise, >= 0.
         precision: "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss.
         validate_every: steps between looks at the validation split, >= 1, or None for no look.
@@ -64,13 +65,14 @@ class Recipe:
     average: str = "none"
     decay: float = 0.99
     n_train: int | None = None
+    label_noise: float = 0.0
     seed: int = 0
     precision: str = "fp32"
     validate_every: int | None = None
     diagnose: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rho", "eta", "lr", "weight_decay", "warmup", "clip_norm", "decay"):
+        for name in ("rho", "eta", "lr", "weight_decay", "warmup", "clip_norm", "decay", "label_noise"):
             if type(getattr(self, name)) is int:  # one key for 0 and 0.0
                 object.__setattr__(self, name, float(getattr(self, name)))
         climbs, is_asam = self.optimizer != "adamw", self.optimizer == "asam"
@@ -94,6 +96,7 @@ class Recipe:
                 "in (0, 1), 0.99 unless ema",
             ),
             "n_train": (self.n_train is None or whole(self.n_train, 1), "an integer >= 1 or None"),
+            "label_noise": (0 <= self.label_noise < 1, "in [0, 1)"),
             "seed": (whole(self.seed, 0), "an integer >= 0"),
             "precision": (self.precision in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
             "validate_every": (self.validate_every is None or whole(self.validate_every, 1), "an integer >= 1 or None"),
