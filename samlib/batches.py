@@ -49,7 +49,7 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 
 def mislabel(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:
-    """Labels of which a share is wrong: each with this probability becomes one of the other classes, all equally likely.
+    """Labels of which a share is wrong: each becomes, with this probability, one of the other classes.
 
     Args:
         labels: int64 (N,), each in [0, classes).

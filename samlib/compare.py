@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from samlib import clip as clip_module
-from samlib import merge, tasks
-from samlib.clip import Clip, Theta, accuracy, zero_shot_head
+from samlib import merge
+from samlib.bench import at_best_lambda, bench, row, score
+from samlib.clip import Clip
 from samlib.experiment import ARMS, JOINT, publish_runs, recipes
 from samlib.finetune import Finetuned, finetune_many
-from samlib.interference import normalised_accuracy
 from samlib.run import Run, begin
 
 
@@ -93,49 +91,25 @@ def merge_all(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) ->
 
 
 def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned], seed: int) -> dict[str, Any]:
-    p, encoder = run.preset, clip.encoder
-    loaded = [tasks.load(name) for name in p.tasks]
-    heads = [zero_shot_head(clip, task) for task in loaded]
-    tests = [tasks.subset(task.test, p.n_eval) for task in loaded]
-    validations = [tasks.subset(task.validation, p.n_eval) for task in loaded]
-    images = [split.images for split in validations]
-    theta_0 = clip_module.theta(encoder)
+    b = bench(run, clip)
+    images = [split.images for split in b.validations]
     thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
-    if len(thetas) == 1:
-        thetas *= len(p.tasks)  # one model for all tasks
-
-    def accuracies(models: Sequence[Theta], splits: Sequence[tasks.Split]) -> list[float]:
-        parts = zip(models, splits, heads, strict=True)
-        return [accuracy(encoder, theta, split, head) for theta, split, head in parts]
-
-    single, own = accuracies(thetas, tests), accuracies(thetas, validations)
-
-    def row(found: list[float]) -> dict[str, Any]:
-        return {
-            "accuracy": dict(zip(p.tasks, found, strict=True)),
-            "mean": sum(found) / len(found),
-            "normalised": normalised_accuracy(found, single),
-        }
-
-    rows = {"single": row(single)}
+    single, own = (score(b, thetas, splits)[0] for splits in (b.tests, b.validations))
+    rows = {"single": row(b, single, single)}
     for name, method in MERGES.items() if len(done) > 1 else ():
         begun = time.monotonic()
         function = getattr(merge, method.function)
         rules = merge.METHODS[method.function].rules
         settings = method.settings | ({"seed": seed} if "seed" in rules else {})
         if merge.METHODS[method.function].plan is None:
-            merged = function(encoder, theta_0, thetas, images, heads, **settings)
+            merged = function(b.encoder, b.theta_0, thetas, images, b.heads, **settings)
         else:
-            merged = function(theta_0, thetas, **settings, **({"lam": 1.0} if method.grid else {}))
+            merged = function(b.theta_0, thetas, **settings, **({"lam": 1.0} if method.grid else {}))
         extra: dict[str, Any] = {"seconds": time.monotonic() - begun}
         if method.grid:
-            grid = getattr(p, method.grid)
-            curve = merge.accuracy_curve(encoder, theta_0, merged, grid, validations, heads)  # (G, T)
-            ratios = curve / torch.tensor(own, dtype=torch.float64)
-            lam = merge.choose_lambda(ratios, grid)[0]
-            merged = merge.task_arithmetic(theta_0, [merged], lam)
-            extra |= {"lam": lam, "curve": ratios.mean(1).tolist()}
-        rows[name] = row(accuracies([merged] * len(tests), tests)) | extra
+            merged, chosen = at_best_lambda(b, merged, getattr(run.preset, method.grid), own)
+            extra |= chosen
+        rows[name] = row(b, score(b, [merged], b.tests)[0], single) | extra
     return rows
 
 

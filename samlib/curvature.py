@@ -1,13 +1,16 @@
-"""How curved the loss is at a model: eigenvalues, trace and spectral density of the Hessian, and sharpness.
+"""How curved the loss is at a model: eigenvalues, trace and spectral density of the Hessian, sharpness, Taylor terms.
 
 All of it in evaluation mode and fp32 (or fp64, if the weights are), on the images that are given. The Hessian needs
-second derivatives, which fused attention kernels do not have, so its products are taken under the plain kernel.
+second derivatives, which fused attention and group norm do not have: `second_derivatives` puts plain ones in place.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +18,39 @@ import torch.nn.functional as F
 from curvlinops import HessianLinearOperator
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from samlib.clip import Theta
+from samlib.merge import task_vector
 from samlib.tasks import Split
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Attention and group norm from operations that PyTorch can differentiate twice; the values stay the same."""
+    with sdpa_kernel(SDPBackend.MATH), _PlainGroupNorm():
+        yield
+
+
+class _PlainGroupNorm(TorchFunctionMode):
+    """Group norm by way of layer norm, whose backward pass has a forward derivative."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (_group_norm if func is F.group_norm else func)(*args, **(kwargs or {}))
+
+
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    groups = x.reshape(len(x), num_groups, -1)
+    normal = F.layer_norm(groups, groups.shape[2:], eps=eps).view(x.shape)
+    each = (-1, *(1,) * (x.ndim - 2))  # one number a channel
+    normal = normal if weight is None else normal * weight.view(each)
+    return normal if bias is None else normal + bias.view(each)
 
 
 class Classifier(nn.Module):
@@ -49,7 +80,7 @@ def hessian(
         batch_size: images in one backward pass; it does not change the result.
 
     Returns:
-        A linear operator (P, P); products outside of this module go under `sdpa_kernel(SDPBackend.MATH)`.
+        A linear operator (P, P); products outside of this module go under `second_derivatives()`.
 
     Raises:
         ValueError: no image.
@@ -93,7 +124,7 @@ def top_eigenvalues(
     if not 1 <= k < size:
         raise ValueError(f"k must be an integer in [1, {size}), not {k}")
     start = np.random.default_rng(seed).standard_normal(size)
-    with sdpa_kernel(SDPBackend.MATH):
+    with second_derivatives():
         values, vectors = eigsh(operator.to_scipy(), k=k, which="LA", tol=tol, v0=start)
     order = np.argsort(values)[::-1].copy()
     return torch.from_numpy(values[order]).double(), torch.from_numpy(vectors[:, order]).double()
@@ -119,7 +150,7 @@ def trace(operator: HessianLinearOperator, probes: int = 20, seed: int = 0) -> t
         raise ValueError(f"trace needs at least two probes to know its error, not {probes}")
     generator = torch.Generator().manual_seed(seed)
     found = []
-    with sdpa_kernel(SDPBackend.MATH):
+    with second_derivatives():
         for _ in range(probes):
             signs = torch.randint(0, 2, (operator.shape[0],), generator=generator) * 2.0 - 1.0
             signs = signs.to(operator.device, operator.dtype)
@@ -142,7 +173,7 @@ def quadratic_form(operator: HessianLinearOperator, direction: Theta) -> float:
     length = float(v.double().square().sum())
     if length == 0:
         raise ValueError("a zero vector has no direction")
-    with sdpa_kernel(SDPBackend.MATH):
+    with second_derivatives():
         return float(v.double() @ (operator @ v).double()) / length
 
 
@@ -173,7 +204,7 @@ def spectral_density(
         raise ValueError(f"steps must be in [1, {size}] and probes >= 1, not {steps} and {probes}")
     generator = torch.Generator().manual_seed(seed)
     points, weights = [], []
-    with sdpa_kernel(SDPBackend.MATH):
+    with second_derivatives():
         for _ in range(probes):
             v = torch.randn(size, generator=generator, dtype=torch.float64)
             alphas, betas = _lanczos(operator, v / v.norm(), steps)
@@ -261,3 +292,55 @@ def sharpness(
 
     average = sum(rise(random_direction()) for _ in range(probes)) / probes
     return {"loss": float(loss.detach()), "worst": rise(gradient), "average": average}
+
+
+def taylor_terms(
+    encoder: nn.Module, theta_t: Theta, theta_m: Theta, split: Split, head: Tensor, batch_size: int = 100
+) -> dict[str, float]:
+    """The merge gap L(theta_m) - L(theta_t), and its parts around theta_t.
+
+    Args:
+        encoder: gives the architecture.
+        theta_t: fine-tuned weights.
+        theta_m: merged weights.
+        split: images and labels of the task.
+        head: (K, d).
+        batch_size: images in one backward pass.
+
+    Returns:
+        `gap`; `first` = g . eps; `second` = eps^T H eps / 2; `rest` = gap - first - second; all in nats, with eps =
+        theta_m - theta_t, g and H the gradient and Hessian at theta_t; `length` = ||eps||; `slope` = ||g||.
+
+    Raises:
+        ValueError: mismatched weights, or no image.
+
+    Source: Lee et al. 2025, section 3 (the merged model as a perturbation).
+    """
+    if not len(split):
+        raise ValueError("taylor_terms needs at least one image")
+    eps = task_vector(theta_m, theta_t)
+    theta_t = {name: w.detach() for name, w in theta_t.items()}
+    images, labels = split.images.to(head.device), split.labels.to(head.device)
+    encoder.eval()
+    totals = dict.fromkeys(("gap", "first", "second"), 0.0)
+    gradient = {name: torch.zeros_like(w) for name, w in theta_t.items()}
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+
+        def loss(theta: Theta, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(functional_call(encoder, theta, (x,)) @ head.T, y, reduction="sum") / len(labels)
+
+        with second_derivatives():
+            there, along = jvp(grad_and_value(loss), (theta_t,), (eps,))[:2]
+        (g, value), (curved, slope) = there, along  # gradient and loss; H eps and g . eps
+        with torch.no_grad():
+            totals["gap"] += float(loss({name: w + eps[name] for name, w in theta_t.items()}) - value)
+        totals["first"] += float(slope)
+        totals["second"] += _dot(curved, eps) / 2
+        for name, part in g.items():
+            gradient[name] += part
+    totals["rest"] = totals["gap"] - totals["first"] - totals["second"]
+    return totals | {"length": _dot(eps, eps) ** 0.5, "slope": _dot(gradient, gradient) ** 0.5}
+
+
+def _dot(tau_1: Theta, tau_2: Theta) -> float:
+    return sum(float((tau_1[name].double() * tau_2[name].double()).sum()) for name in tau_1)

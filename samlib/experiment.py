@@ -12,15 +12,15 @@ from typing import Any
 import joblib
 import pandas as pd
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from samlib import clip as clip_module
 from samlib import tasks
-from samlib.clip import Clip, Theta, accuracy, logits, zero_shot_head
+from samlib.bench import at_best_lambda, bench, row, score
+from samlib.clip import Clip, Theta
 from samlib.finetune import Recipe, finetune_many
-from samlib.interference import normalised_accuracy, xi
-from samlib.merge import accuracy_curve, average, choose_lambda, task_arithmetic, task_vector, ties
+from samlib.interference import xi
+from samlib.merge import average, task_arithmetic, task_vector, ties
 from samlib.run import Run, begin, interval, paired_interval
 
 ARMS = ("AdamW", "AdamW, 2x steps", "SAM", "ASAM")
@@ -35,7 +35,8 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
     Args:
         run: its preset gives tasks, steps, radii and learning rate.
         arm: one of ARMS, or JOINT. SAM and ASAM take two gradients a step, so that "AdamW, 2x steps" costs what they
-            do; JOINT makes as many updates as AdamW does for all tasks together.
+            do; "SAM, rho 0.02" has another radius than the preset's. JOINT makes as many updates as AdamW does for all
+            tasks together.
         seed: of data order and augmentation; equal seeds are paired between arms.
         length: multiple of the preset's steps, > 0.
 
@@ -44,13 +45,14 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
 
     Taught in: 04_fine_tuning.
     """
-    if arm not in (*ARMS, JOINT):
-        raise ValueError(f"arm must be one of {'; '.join((*ARMS, JOINT))}, not {arm!r}")
+    base, _, radius = arm.partition(", rho ")
+    if base not in (*ARMS, JOINT) or (radius and base not in ("SAM", "ASAM")):
+        raise ValueError(f"arm must be one of {'; '.join((*ARMS, JOINT))} or such as 'SAM, rho 0.02', not {arm!r}")
     p = run.preset
     names = ("+".join(p.tasks),) if arm == JOINT else p.tasks
     steps = max(1, round(p.steps * length * (2 if arm == "AdamW, 2x steps" else 1)))
-    optimizer = {"SAM": "sam", "ASAM": "asam"}.get(arm, "adamw")
-    rho = {"SAM": p.rho_sam, "ASAM": p.rho_asam}.get(arm, 0.0)
+    optimizer = {"SAM": "sam", "ASAM": "asam"}.get(base, "adamw")
+    rho = float(radius or {"SAM": p.rho_sam, "ASAM": p.rho_asam}.get(base, 0.0))
     return [
         Recipe(
             task=task,
@@ -60,6 +62,7 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
             lr=p.lr,
             batch_size=p.batch_size,
             n_train=p.n_train,
+            label_noise=p.label_noise,
             seed=seed,
             precision=p.precision,
         )
@@ -111,66 +114,30 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
 
 
 def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
-    p, encoder = run.preset, clip.encoder
-    loaded = [tasks.load(name) for name in p.tasks]
-    heads = [zero_shot_head(clip, task) for task in loaded]
-    tests = [tasks.subset(task.test, p.n_eval) for task in loaded]
-    validations = [tasks.subset(task.validation, p.n_eval) for task in loaded]
-    theta_0 = clip_module.theta(encoder)
+    p, b = run.preset, bench(run, clip)
     thetas = [{name: w.to(run.device) for name, w in theta.items()} for theta in thetas]
-
-    def score(models: Sequence[Theta], splits: list[tasks.Split]) -> tuple[list[float], list[float]]:
-        """Accuracy and loss of the t-th model on the t-th split."""
-        accuracies, losses = [], []
-        for theta, split, head in zip(models, splits, heads, strict=True):
-            outputs = logits(encoder, theta, split.images, head).cpu()  # (N, K)
-            accuracies.append((outputs.argmax(1) == split.labels).double().mean().item())
-            losses.append(cross_entropy(outputs, split.labels).item())
-        return accuracies, losses
-
-    single, single_loss = score(thetas, tests)
-    single_validation, _ = score(thetas, validations)
-
-    def row(theta: Theta) -> tuple[dict[str, Any], list[float]]:
-        accuracies, losses = score([theta] * len(tests), tests)
-        return {
-            "accuracy": dict(zip(p.tasks, accuracies, strict=True)),
-            "mean": sum(accuracies) / len(accuracies),
-            "normalised": normalised_accuracy(accuracies, single),
-        }, losses
-
-    def chosen(theta_1: Theta, grid: Sequence[float]) -> tuple[dict[str, Any], list[float], float]:
-        """The row, the test losses and the mean validation accuracy at the lambda that is best on validation."""
-        curve = accuracy_curve(encoder, theta_0, theta_1, grid, validations, heads)  # (G, T)
-        ratios = curve / torch.tensor(single_validation, dtype=torch.float64)
-        lam = choose_lambda(ratios, grid)[0]
-        found, losses = row(task_arithmetic(theta_0, [theta_1], lam))
-        found |= {"lam": lam, "curve": ratios.mean(1).tolist()}
-        return found, losses, curve[grid.index(lam)].mean().item()
-
-    arithmetic, merged_loss, merged_validation = chosen(task_arithmetic(theta_0, thetas, 1.0), p.lambdas)
-    trimmed, _, _ = chosen(ties(theta_0, thetas), p.lambdas_wide)
-    vectors = [task_vector(theta, theta_0) for theta in thetas]
-    few = [tasks.subset(split, 100) for split in tests]
+    single, single_loss = score(b, thetas, b.tests)
+    own, _ = score(b, thetas, b.validations)
+    arithmetic, chosen = at_best_lambda(b, task_arithmetic(b.theta_0, thetas, 1.0), p.lambdas, own)
+    trimmed, chosen_ties = at_best_lambda(b, ties(b.theta_0, thetas), p.lambdas_wide, own)
+    merged, merged_loss = score(b, [arithmetic], b.tests)
+    vectors = [task_vector(theta, b.theta_0) for theta in thetas]
+    few = [tasks.subset(split, 100) for split in b.tests]
     return {
-        "single": {
-            "accuracy": dict(zip(p.tasks, single, strict=True)),
-            "mean": sum(single) / len(single),
-            "normalised": 1.0,
-        },
-        "averaging": row(average(theta_0, thetas))[0],
-        "task arithmetic": arithmetic,
-        "TIES": trimmed,
-        "validation": {"single": sum(single_validation) / len(thetas), "task arithmetic": merged_validation},
+        "single": row(b, single, single),
+        "averaging": row(b, score(b, [average(b.theta_0, thetas)], b.tests)[0], single),
+        "task arithmetic": row(b, merged, single) | chosen,
+        "TIES": row(b, score(b, [trimmed], b.tests)[0], single) | chosen_ties,
+        "validation": {"single": sum(own) / len(own), "task arithmetic": chosen["validation"]},
         "test_loss": dict(zip(p.tasks, single_loss, strict=True)),
-        "gap": {name: b - a for name, a, b in zip(p.tasks, single_loss, merged_loss, strict=True)},
+        "gap": {name: m - s for name, s, m in zip(p.tasks, single_loss, merged_loss, strict=True)},
         "tau_norm": {
             name: torch.cat([w.flatten() for w in tau.values()]).norm().item()
             for name, tau in zip(p.tasks, vectors, strict=True)
         },
         "xi": {
             f"{p.tasks[i]}, {p.tasks[j]}": xi(
-                encoder, theta_0, thetas[i], thetas[j], few[i], heads[i], few[j], heads[j], [1.0], [1.0]
+                b.encoder, b.theta_0, thetas[i], thetas[j], few[i], b.heads[i], few[j], b.heads[j], [1.0], [1.0]
             ).item()
             for i, j in combinations(range(len(thetas)), 2)
         },
@@ -198,14 +165,8 @@ def measure_many(
 
 def zero_shot(run: Run, clip: Clip) -> dict[str, float]:
     """Test accuracy of the pre-trained model on each of the preset's tasks, in [0, 1]."""
-    theta_0 = clip_module.theta(clip.encoder)
-    loaded = [tasks.load(name) for name in run.preset.tasks]
-    return {
-        task.name: accuracy(
-            clip.encoder, theta_0, tasks.subset(task.test, run.preset.n_eval), zero_shot_head(clip, task)
-        )
-        for task in loaded
-    }
+    b = bench(run, clip)
+    return dict(zip(b.names, score(b, [b.theta_0], b.tests)[0], strict=True))
 
 
 def table(results: dict[str, list[dict[str, Any]]], value: str = "mean") -> pd.DataFrame:
@@ -222,8 +183,8 @@ def table(results: dict[str, list[dict[str, Any]]], value: str = "mean") -> pd.D
     """
     rows = []
     for arm, runs in results.items():
-        for row in ROWS:
-            rows.append((arm, row, *interval([r[row][value] for r in runs]), len(runs)))
+        for model in ROWS:
+            rows.append((arm, model, *interval([r[model][value] for r in runs]), len(runs)))
     return pd.DataFrame(rows, columns=["arm", "model", "mean", "low", "high", "n"]).set_index(["arm", "model"])
 
 
@@ -239,9 +200,9 @@ def gains(results: dict[str, list[dict[str, Any]]], base: str, value: str = "mea
     """
     rows = []
     for arm in (a for a in results if a != base):
-        for row in ROWS:
-            a, b = ([r[row][value] for r in results[name]] for name in (arm, base))
-            rows.append((arm, row, *paired_interval(a, b), len(a)))
+        for model in ROWS:
+            a, b = ([r[model][value] for r in results[name]] for name in (arm, base))
+            rows.append((arm, model, *paired_interval(a, b), len(a)))
     return pd.DataFrame(rows, columns=["arm", "model", "gain", "low", "high", "n"]).set_index(["arm", "model"])
 
 
@@ -300,20 +261,25 @@ def publish_runs(run: Run, clip: Clip, measure: Measure, wanted: Sequence[tuple[
         measure, wanted: as in `measure_many`.
     """
     done = run.published_values(run.published_file.stem) or {"runs": []}
-    runs = {(r["arm"], r["seed"], r["steps"]): r for r in done["runs"]}
-    facts = {}
+    runs = {_identity(r): r for r in done["runs"]}
+    missing = {}
     for arm, seed, length in wanted:
-        steps = recipes(run, "AdamW", seed, length)[0].steps
         todo = recipes(run, arm, seed, length)
-        known = [Recipe(**r) for r in runs.get((arm, seed, steps), {}).get("recipes", [])]
-        if known != todo:
-            own = {"arm": arm, "seed": seed, "steps": steps, "recipes": [asdict(r) for r in todo]}
-            facts[arm, seed, length] = own
-    if facts:
-        for own, found in zip(facts.values(), measure_many(run, clip, list(facts), measure), strict=True):
-            runs[own["arm"], own["seed"], own["steps"]] = own | found
+        steps = recipes(run, "AdamW", seed, length)[0].steps
+        own = {"arm": arm, "seed": seed, "steps": steps, "recipes": [asdict(r) for r in todo]}
+        if [Recipe(**r) for r in runs.get(_identity(own), {}).get("recipes", [])] != todo:
+            missing[arm, seed, length] = own
+    if missing:
+        for own, found in zip(missing.values(), measure_many(run, clip, list(missing), measure), strict=True):
+            runs[_identity(own)] = own | found
         run.publish({"zero-shot": zero_shot(run, clip), "runs": list(runs.values())})
-        print(f"{', '.join(map(str, facts))}: written to {run.published_file}", flush=True)
+        print(f"{', '.join(map(str, missing))}: written to {run.published_file}", flush=True)
+
+
+def _identity(published: dict[str, Any]) -> tuple[Any, ...]:
+    """Arm, seed and regime of a published run: of two with the same, the later one replaces the earlier."""
+    recipe = Recipe(**published["recipes"][0])
+    return published["arm"], published["seed"], published["steps"], recipe.n_train, recipe.label_noise
 
 
 def main() -> None:

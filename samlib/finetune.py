@@ -50,8 +50,8 @@ class Finetuned:
             the recipe diagnoses, cosine (of the gradients before and after the climb) and eps_norm (length of the
             climb); where it looks at the validation split, validation_loss and validation_accuracy.
         seconds: wall time of the training.
-        train_loss: mean cross-entropy on the training images without augmentation, in nats, with the labels trained on.
-        train_accuracy: accuracy on them, with the same labels, in [0, 1]; of several tasks, both are the mean over them.
+        train_loss: mean cross-entropy on the training images without augmentation, in nats.
+        train_accuracy: accuracy on them, in [0, 1]; both are for the labels trained on, and of several tasks the mean.
         skipped: steps without an update, because a gradient overflowed under fp16.
     """
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.func import functional_call
+from torch.nn.functional import cosine_similarity
 
-from samlib.clip import Theta, logits
+from samlib.clip import Theta
+from samlib.landscape import outputs
 from samlib.merge import task_vector
 from samlib.tasks import Split
 
@@ -76,19 +76,18 @@ def xi(
         raise ValueError("xi needs at least one value in each grid and one image in each split")
     tau_1, tau_2 = task_vector(theta_1, theta_0), task_vector(theta_2, theta_0)
 
-    def predict(a_1: float, a_2: float, split: Split, head: Tensor) -> Tensor:  # (N,)
+    @cache
+    def predict(a_1: float, a_2: float) -> list[Tensor]:  # (N_1,) and (N_2,)
+        """Each model once, and on the axes too: there it is what a row or column is compared with."""
         theta = {name: w + a_1 * tau_1[name] + a_2 * tau_2[name] for name, w in theta_0.items()}
-        return logits(encoder, theta, split.images, head, batch_size=100).argmax(1)
+        return [z.argmax(1) for z in outputs(encoder, theta, (split_1, split_2), (head_1, head_2))]
 
-    alone_1 = [predict(a_1, 0.0, split_1, head_1) for a_1 in grid_1]
-    alone_2 = [predict(0.0, a_2, split_2, head_2) for a_2 in grid_2]
     error = torch.zeros(len(grid_1), len(grid_2), dtype=torch.float64)
     for i, a_1 in enumerate(grid_1):
         for j, a_2 in enumerate(grid_2):
-            if a_2 != 0:  # otherwise task 1 has its own vector only, and nothing changes
-                error[i, j] += (predict(a_1, a_2, split_1, head_1) != alone_1[i]).double().mean().item()
-            if a_1 != 0:
-                error[i, j] += (predict(a_1, a_2, split_2, head_2) != alone_2[j]).double().mean().item()
+            alone = predict(a_1, 0.0)[0], predict(0.0, a_2)[1]
+            for here, there in zip(predict(a_1, a_2), alone, strict=True):
+                error[i, j] += (here != there).double().mean().item()
     return error
 
 
@@ -149,74 +148,6 @@ def effective_rank(matrix: Tensor) -> float:
     s = torch.linalg.svdvals(matrix.double())
     p = s / s.sum()
     return float(torch.special.entr(p).sum().exp())
-
-
-def losses_on_line(
-    encoder: nn.Module, theta_a: Theta, theta_b: Theta, grid: Sequence[float], split: Split, head: Tensor
-) -> Tensor:
-    """Mean cross-entropy at (1 - a) theta_a + a theta_b.
-
-    Args:
-        encoder: gives the architecture.
-        theta_a, theta_b: weights of the same names and shapes.
-        grid: values of a; outside of [0, 1] the line goes on.
-        split: images and labels.
-        head: (K, d).
-
-    Returns:
-        float64 (len(grid),), in nats.
-
-    Raises:
-        ValueError: mismatched weights.
-    """
-    way = task_vector(theta_b, theta_a)
-    losses = []
-    for a in grid:
-        theta = {name: w + a * way[name] for name, w in theta_a.items()}
-        outputs = logits(encoder, theta, split.images, head, batch_size=100).double()
-        losses.append(cross_entropy(outputs, split.labels.to(outputs.device)).item())
-    return torch.tensor(losses, dtype=torch.float64)
-
-
-def above_chord(losses: Tensor, grid: Sequence[float]) -> Tensor:
-    """How far a curve lies above the straight line between its ends: L(a) - (1 - a) L(0) - a L(1).
-
-    Of one task's loss, the largest value is the loss barrier; of the sum of two tasks' losses from theta_s to theta_t,
-    it is the deviation from joint-task loss linearity.
-
-    Args:
-        losses: (G,) at the values of the grid.
-        grid: a from 0 to 1, ascending; its first is 0 and its last is 1.
-
-    Returns:
-        (G,), zero at both ends.
-
-    Raises:
-        ValueError: the grid does not go from 0 to 1, or has another length.
-
-    Source: Frankle et al. 2020, section 2 (barriers).
-    """
-    if len(grid) != len(losses) or len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or list(grid) != sorted(grid):
-        raise ValueError("above_chord needs one loss for each a of an ascending grid from 0 to 1")
-    a = torch.as_tensor(grid, dtype=losses.dtype)
-    return losses - (1 - a) * losses[0] - a * losses[-1]
-
-
-def linearity_bound(a: Sequence[float], beta_s: float, beta_t: float, distance: float) -> Tensor:
-    """The bound on joint-task loss linearity: a (1 - a) (beta_s + beta_t) ||theta_s - theta_t||^2 / 2.
-
-    It leaves out what is of third order, and supposes that each loss is least at its own model.
-
-    Args:
-        a: places on the line, in [0, 1].
-        beta_s, beta_t: largest eigenvalue of each task's Hessian, at its own model.
-        distance: ||theta_s - theta_t||, >= 0.
-
-    Returns:
-        float64 (len(a),), in nats.
-    """
-    x = torch.as_tensor(a, dtype=torch.float64)
-    return x * (1 - x) * (beta_s + beta_t) * distance**2 / 2
 
 
 def cross_task_linearity(
@@ -287,54 +218,6 @@ def cross_task_linearity(
             hook.remove()
     columns = ("distance", "coefficient", "baseline")
     return {name: dict(zip(columns, (total / len(images)).tolist(), strict=True)) for name, total in sums.items()}
-
-
-def taylor_terms(
-    encoder: nn.Module, theta_t: Theta, theta_m: Theta, split: Split, head: Tensor, batch_size: int = 100
-) -> dict[str, float]:
-    """The merge gap L(theta_m) - L(theta_t), and its parts around theta_t.
-
-    Args:
-        encoder: gives the architecture, without fused attention.
-        theta_t: fine-tuned weights.
-        theta_m: merged weights.
-        split: images and labels of the task.
-        head: (K, d).
-        batch_size: images in one backward pass.
-
-    Returns:
-        `gap`; `first` = g . eps; `second` = eps^T H eps / 2; `rest` = gap - first - second; all in nats, with eps =
-        theta_m - theta_t, g and H the gradient and Hessian at theta_t; `length` = ||eps||; `slope` = ||g||.
-
-    Raises:
-        ValueError: mismatched weights, or no image.
-
-    Source: Lee et al. 2025, section 3 (the merged model as a perturbation).
-    """
-    if not len(split):
-        raise ValueError("taylor_terms needs at least one image")
-    eps = task_vector(theta_m, theta_t)
-    theta_t = {name: w.detach() for name, w in theta_t.items()}
-    images, labels = split.images.to(head.device), split.labels.to(head.device)
-    encoder.eval()
-    totals = dict.fromkeys(("gap", "first", "second"), 0.0)
-    gradient = {name: torch.zeros_like(w) for name, w in theta_t.items()}
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-
-        def loss(theta: Theta, x: Tensor = x, y: Tensor = y) -> Tensor:
-            return cross_entropy(functional_call(encoder, theta, (x,)) @ head.T, y, reduction="sum") / len(labels)
-
-        with sdpa_kernel(SDPBackend.MATH):
-            there, along = jvp(grad_and_value(loss), (theta_t,), (eps,))[:2]
-        (g, value), (curved, slope) = there, along  # gradient and loss; H eps and g . eps
-        with torch.no_grad():
-            totals["gap"] += float(loss({name: w + eps[name] for name, w in theta_t.items()}) - value)
-        totals["first"] += float(slope)
-        totals["second"] += _dot(curved, eps) / 2
-        for name, part in g.items():
-            gradient[name] += part
-    totals["rest"] = totals["gap"] - totals["first"] - totals["second"]
-    return totals | {"length": _dot(eps, eps) ** 0.5, "slope": _dot(gradient, gradient) ** 0.5}
 
 
 def _dot(tau_1: Theta, tau_2: Theta) -> float:

@@ -25,8 +25,12 @@ class Preset:
         seeds: one fine-tuning run a task and seed.
         steps: updates after which training has converged.
         lengths: multipliers of `steps` shown as the training-length axis.
+        regimes: (length, n_train, label_noise) of the map of where SAM helps, length as a multiple of `steps`.
+        radii: of SAM, in that map.
+        n_hessian: images on which curvature is measured.
         batch_size: images a step.
         n_train, n_eval: at most this many training and evaluation examples, None for all.
+        label_noise: share of the training labels that are replaced by another class, in [0, 1).
         lambdas: grid of task arithmetic's coefficient.
         lambdas_wide: grid for the methods that shrink the sum of the task vectors, such as TIES with its mean.
         xi_grid: values of a_1 and of a_2 in the disentanglement map.
@@ -56,6 +60,10 @@ class Preset:
     precision: str
     jobs: int | None
     note: str
+    regimes: tuple[tuple[float, int, float], ...]
+    radii: tuple[float, ...]
+    n_hessian: int
+    label_noise: float = 0.0
 
 
 _LAMBDAS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
@@ -84,6 +92,9 @@ _PUBLISHED = Preset(
     precision="fp32",
     jobs=None,
     note="about five hours on two cores, resumable; five seeds, the numbers in the book",
+    regimes=((1 / 8, 1000, 0.0), (1 / 3, 1000, 0.0), (1.0, 1000, 0.0), (1 / 3, 250, 0.0), (1 / 3, 1000, 0.3)),
+    radii=(0.005, 0.02, 0.05),
+    n_hessian=100,
 )
 
 PRESETS: dict[str, Preset] = {
@@ -107,6 +118,9 @@ PRESETS: dict[str, Preset] = {
             precision="fp32",
             jobs=1,
             note="seconds; shows that everything runs, its numbers mean nothing",
+            regimes=((1.0, 200, 0.0), (1.0, 100, 0.3)),
+            radii=(0.005,),
+            n_hessian=20,
         ),
         dataclasses.replace(  # one seed of the published recipe, cut short
             _PUBLISHED,
@@ -116,6 +130,7 @@ PRESETS: dict[str, Preset] = {
             lengths=(1.0,),
             xi_grid=_grid(-2, 2, 9),
             note="about twenty minutes on two cores; one seed, training cut short",
+            regimes=((1.0, 1000, 0.0),),
         ),
         _PUBLISHED,
         Preset(
@@ -136,6 +151,9 @@ PRESETS: dict[str, Preset] = {
             precision="bf16",
             jobs=1,
             note="open_clip ViT-B-32 (openai) on the eight hub tasks, a GPU and days",
+            regimes=((0.25, 10000, 0.0), (1.0, 10000, 0.0), (1.0, 1000, 0.0), (1.0, 10000, 0.3)),
+            radii=(0.01, 0.05, 0.2),
+            n_hessian=500,
         ),
     )
 }
@@ -170,6 +188,7 @@ PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "n_train": ("an integer >= 1 or None", _optional(_whole(1))),
     "n_eval": ("an integer >= 1 or None", _optional(_whole(1))),
     "jobs": ("an integer >= 1 or None", _optional(_whole(1))),
+    "label_noise": ("a number in [0, 1) or None", _optional(_number(0, math.nextafter(1, 0)))),
     "rho": ("a finite number >= 0 or None", _optional(_number(0))),
     "rho_sam": ("a finite number >= 0 or None", _optional(_number(0))),
     "rho_asam": ("a finite number >= 0 or None", _optional(_number(0))),

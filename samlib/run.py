@@ -21,6 +21,19 @@ from samlib import cache as store
 from samlib import provenance, tasks
 from samlib.presets import PARAMETERS, PRESETS, Preset, check
 
+MODULES = (  # whose code decides a cached value
+    "batches",
+    "bench",
+    "clip",
+    "curvature",
+    "finetune",
+    "interference",
+    "landscape",
+    "merge",
+    "recipe",
+    "sam",
+    "tasks",
+)
 CHECKOUT = Path(__file__).parents[1] / "book" / "published"
 PUBLISHED = CHECKOUT if CHECKOUT.is_dir() else Path(__file__).parent / "published"  # an installed package has a copy
 
@@ -68,7 +81,7 @@ class Run:
             "params": params,
             "tasks": {task: tasks.fingerprint(task) for task in self.preset.tasks},
             "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else None,
-            "code": store.code("batches", "clip", "finetune", "interference", "merge", "recipe", "sam", "tasks"),
+            "code": store.code(*MODULES),
             "fn": inspect.getsource(fn),
         }
         path = self.cache / "results" / f"{name}-{store.key(decides)}.json"
