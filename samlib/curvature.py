@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from samlib.clip import Theta
+from samlib.landscape import losses
 from samlib.merge import task_vector
 from samlib.tasks import Split
 
@@ -232,6 +233,17 @@ def _lanczos(operator: HessianLinearOperator, v: Tensor, steps: int) -> tuple[Te
     return torch.stack(alphas), torch.stack(betas) if betas else torch.zeros(0, dtype=torch.float64)
 
 
+def gradient(encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int = 100) -> Theta:
+    """The gradient of the mean cross-entropy on all images, shaped as the weights. Arguments as for `hessian`."""
+    encoder.eval()
+    start = {name: w.detach().to(head.device).requires_grad_() for name, w in theta.items()}
+    images, labels = split.images.to(head.device), split.labels.to(head.device)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        outputs = functional_call(encoder, start, (x,)) @ head.T  # (B, K)
+        (F.cross_entropy(outputs, y, reduction="sum") / len(labels)).backward()
+    return {name: w.grad for name, w in start.items() if w.grad is not None}
+
+
 def sharpness(
     encoder: nn.Module,
     theta: Theta,
@@ -264,26 +276,17 @@ def sharpness(
     """
     if not rho > 0 or probes < 1:
         raise ValueError(f"sharpness needs rho > 0 and probes >= 1, not {rho} and {probes}")
-    encoder.eval()
-    images, labels = split.images.to(head.device), split.labels.to(head.device)
-
-    def loss_at(weights: Theta) -> Tensor:
-        outputs = torch.cat([functional_call(encoder, weights, (x,)) @ head.T for x in images.split(100)])  # (N, K)
-        return F.cross_entropy(outputs, labels)
-
-    start = {name: w.detach().to(head.device).requires_grad_() for name, w in theta.items()}
-    loss = loss_at(start)
-    gradient = dict(zip(start, torch.autograd.grad(loss, list(start.values())), strict=True))
-    scale = {name: w.detach().abs() if adaptive else torch.ones_like(w) for name, w in start.items()}
+    start = {name: w.detach().to(head.device) for name, w in theta.items()}
+    loss = losses(encoder, start, [split], [head]).item()
+    scale = {name: w.abs() if adaptive else torch.ones_like(w) for name, w in start.items()}
     generator = torch.Generator().manual_seed(seed)
 
-    @torch.no_grad()
     def rise(direction: Theta) -> float:
         """Of the step rho s (s d) / ||s d||, which is rho s^2 d / ||s d||."""
         scaled = {name: scale[name] * d for name, d in direction.items()}
         length = math.sqrt(sum(float(d.double().square().sum()) for d in scaled.values()))
         moved = {name: w + rho / length * scale[name] * scaled[name] for name, w in start.items()}
-        return float(loss_at(moved) - loss.detach())
+        return losses(encoder, moved, [split], [head]).item() - loss
 
     def random_direction() -> Theta:
         """z / s, so that its scaled version is z."""
@@ -291,7 +294,8 @@ def sharpness(
         return {name: torch.where(scale[name] > 0, z / scale[name], 0) for name, z in draws.items()}
 
     average = sum(rise(random_direction()) for _ in range(probes)) / probes
-    return {"loss": float(loss.detach()), "worst": rise(gradient), "average": average}
+    worst = rise(gradient(encoder, start, split, head))
+    return {"loss": loss, "worst": worst, "average": average}
 
 
 def taylor_terms(

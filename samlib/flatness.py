@@ -1,0 +1,172 @@
+"""From flat minima to the merge gap: what is measured of every model, and what predicts its gap.
+
+`python -m samlib.flatness`; resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+
+from samlib import clip as clip_module
+from samlib import curvature, tasks
+from samlib.bench import Bench, bench, score
+from samlib.clip import Clip, Theta
+from samlib.experiment import publish_runs, recipes
+from samlib.finetune import Finetuned, finetune_many
+from samlib.landscape import losses
+from samlib.merge import average, task_vector
+from samlib.run import Run, begin
+
+SHARPNESS = {"SAM": 0.05, "ASAM": 0.5}  # radii at which every model is probed, whatever it was trained with
+TOP = 3  # eigenvalues of each model
+PROBES = 8  # random vectors for the trace
+SHARES = (0.1, 0.25, 0.5, 1.0)  # of the length of the merging perturbation, at which losses along directions are taken
+
+
+def arms(run: Run) -> list[str]:
+    """AdamW with once and twice the steps, SAM with each radius of the preset, ASAM with its radius and four times it."""
+    radii = [f"SAM, rho {rho:g}" for rho in run.preset.radii]
+    return ["AdamW", "AdamW, 2x steps", *radii, *(f"ASAM, rho {k * run.preset.rho_asam:g}" for k in (1, 4))]
+
+
+def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
+    """Curvature, sharpness, geometry and merge gap of the models of one arm and one seed.
+
+    The merge is the average of the models, which has nothing to choose. Losses and derivatives are those of
+    `n_hessian` fixed images of each task's training split with their true labels, the same for every arm and seed;
+    names that begin with "test" are of test images.
+
+    Args:
+        run: preset, device and cache.
+        clip: the pre-trained model.
+        arm: one of `arms`.
+        seed: as in `experiment.recipes`.
+        length: multiple of the preset's steps.
+
+    Returns:
+        "tasks": by task, what `_of_task` returns.
+
+    Taught in: 07_flatness.
+    """
+    todo = recipes(run, arm, seed, length)
+
+    def compute() -> dict[str, Any]:
+        return _measure(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
+
+    decides = {
+        "recipes": [asdict(r) for r in todo],
+        "images": [run.preset.n_hessian, run.preset.n_eval],
+        "settings": [SHARPNESS, TOP, PROBES, SHARES],
+        "code": inspect.getsource(_measure) + inspect.getsource(_of_task),
+    }
+    value: dict[str, Any] = run.cached("flatness", decides, compute)
+    return value
+
+
+def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
+    b = bench(run, clip)
+    thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
+    theta_m = average(b.theta_0, thetas)
+    single, single_loss = score(b, thetas, b.tests)
+    merged, merged_loss = score(b, [theta_m], b.tests)
+    vectors = torch.stack([flat(task_vector(theta, b.theta_0)) for theta in thetas])  # (T, P)
+    norms = vectors.norm(dim=1)
+    cosines = vectors @ vectors.T / norms.unsqueeze(1) / norms  # (T, T)
+    found = {}
+    for t, name in enumerate(b.names):
+        found[name] = {
+            "test gap": merged_loss[t] - single_loss[t],
+            "test accuracy": single[t],
+            "test accuracy lost": single[t] - merged[t],
+            "train loss": done[t].train_loss,
+            "norm": float(norms[t]),
+            "cosine": float((cosines[t].sum() - 1) / max(1, len(thetas) - 1)),
+        } | _of_task(b, t, thetas[t], theta_m, run.preset.n_hessian)
+    return {"tasks": found}
+
+
+def _of_task(b: Bench, t: int, theta_t: Theta, theta_m: Theta, n: int) -> dict[str, Any]:
+    """The derivatives of one model's loss, and its rise along several directions.
+
+    Returns:
+        `eigenvalues` (TOP largest, descending), `trace`, `trace error`; `gap`, `first`, `second`, `rest`, `length`,
+        `slope`, as in `curvature.taylor_terms`, and the same of n test images with "test " before; `along`,
+        the curvature eps^T H eps / ||eps||^2 of the merging perturbation; for each name in SHARPNESS `worst` and
+        `average`; for the directions "merge" (eps), "SAM" and "ASAM" (climbs on these images) and "random": `energy`
+        (share of the squared length within the TOP eigenvectors), `cosine` (with eps; of "random" the absolute value)
+        and `rise` (of the loss, at SHARES of the length of eps).
+    """
+    split, head = tasks.subset(b.trains[t], n), b.heads[t]
+    held_out = tasks.subset(b.tests[t], n)
+    operator = curvature.hessian(b.encoder, theta_t, split, head)
+    values, top = curvature.top_eigenvalues(operator, TOP, tol=1e-2)
+    trace, error = curvature.trace(operator, PROBES)
+    terms = curvature.taylor_terms(b.encoder, theta_t, theta_m, split, head)
+    test_terms = curvature.taylor_terms(b.encoder, theta_t, theta_m, held_out, head)
+    eps = flat(task_vector(theta_m, theta_t))
+    g = flat(curvature.gradient(b.encoder, theta_t, split, head))
+    w = flat(theta_t)
+    noise = torch.randn(len(w), generator=torch.Generator().manual_seed(t)).to(w)
+    directions = {}
+    for name, d in {"merge": eps, "SAM": g, "ASAM": w.square() * g, "random": noise}.items():
+        unit = d / d.norm()
+        steps = [_moved(theta_t, share * eps.norm() * unit) for share in (0.0, *SHARES)]
+        at = [losses(b.encoder, theta, [split], [head]).item() for theta in steps]
+        cosine = float(unit @ eps / eps.norm())
+        directions[name] = {
+            "energy": float((top.to(unit.device).T @ unit).square().sum()),
+            "cosine": abs(cosine) if name == "random" else cosine,
+            "rise": [loss - at[0] for loss in at[1:]],
+        }
+    sharp = {
+        name: curvature.sharpness(b.encoder, theta_t, split, head, rho, adaptive=name == "ASAM", probes=5)
+        for name, rho in SHARPNESS.items()
+    }
+    return {
+        "eigenvalues": values.tolist(),
+        "trace": trace,
+        "trace error": error,
+        **terms,
+        **{f"test {name}": value for name, value in test_terms.items() if name != "gap"},
+        "test gap on few": test_terms["gap"],
+        "along": 2 * terms["second"] / terms["length"] ** 2,
+        "sharpness": {name: {k: v for k, v in found.items() if k != "loss"} for name, found in sharp.items()},
+        "directions": directions,
+    }
+
+
+def flat(theta: Theta) -> Tensor:
+    """All weights as one vector, float64 (P,)."""
+    return parameters_to_vector(theta.values()).double()
+
+
+def _moved(theta: Theta, step: Tensor) -> Theta:
+    parts = step.to(next(iter(theta.values())).dtype).split([w.numel() for w in theta.values()])
+    return {name: w + part.view(w.shape) for (name, w), part in zip(theta.items(), parts, strict=True)}
+
+
+def main() -> None:
+    """Measure every arm, seed after seed, and rewrite the published values after each."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", default="published")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
+    parser.add_argument("--arms", nargs="+", help="instead of all")
+    a = parser.parse_args()
+    run = begin("flatness", preset=a.preset)
+    clip = clip_module.load(run.device)
+    for seed in a.seeds or run.preset.seeds:
+        publish_runs(run, clip, measure, [(arm, seed, 1.0) for arm in a.arms or arms(run)])
+
+
+if __name__ == "__main__":
+    from samlib import flatness
+
+    flatness.main()  # by its own name, under which worker processes can import what they run
