@@ -32,7 +32,7 @@ SHARES = (0.1, 0.25, 0.5, 1.0)  # of the length of the merging perturbation, at 
 
 
 def arms(run: Run) -> list[str]:
-    """AdamW with once and twice the steps, SAM with each radius of the preset, ASAM with its radius and four times it."""
+    """AdamW with once and twice the steps, SAM with the radii of the preset, ASAM with its radius and four times it."""
     radii = [f"SAM, rho {rho:g}" for rho in run.preset.radii]
     return ["AdamW", "AdamW, 2x steps", *radii, *(f"ASAM, rho {k * run.preset.rho_asam:g}" for k in (1, 4))]
 

@@ -10,7 +10,6 @@ from torch.func import functional_call
 
 from samlib import curvature
 from samlib.clip import Theta, theta
-from samlib.interference import taylor_terms
 from samlib.tasks import Split
 
 
@@ -141,10 +140,53 @@ def test_taylor_terms_agree_with_dense_algebra(small: tuple[nn.Module, Theta, Sp
     v, w = flat(eps), flat(weights)
     g = torch.func.grad(lambda x: loss_of(small, x))(w)
     for batch_size in (30, 7):
-        found = taylor_terms(encoder, weights, merged, split, head, batch_size)
+        found = curvature.taylor_terms(encoder, weights, merged, split, head, batch_size)
         gap = float(loss_of(small, w + v) - loss_of(small, w))
         assert found["gap"] == pytest.approx(gap, rel=1e-8)
         assert found["first"] == pytest.approx(float(g @ v), rel=1e-8)
         assert found["second"] == pytest.approx(float(v @ dense @ v) / 2, rel=1e-8)
         assert found["rest"] == pytest.approx(gap - float(g @ v) - float(v @ dense @ v) / 2, abs=1e-12)
         assert (found["length"], found["slope"]) == (pytest.approx(float(v.norm())), pytest.approx(float(g.norm())))
+
+
+def test_networks_with_group_norm_and_attention_have_a_hessian() -> None:
+    """Against reverse mode twice, which PyTorch's own group norm has."""
+    torch.manual_seed(7)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 4)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.norm(images)  # (B, 4, 2, 2)
+            tokens = x.flatten(2).transpose(1, 2)  # (B, 4, 4)
+            return self.last(F.scaled_dot_product_attention(tokens, tokens, tokens).mean(1))  # type: ignore[no-any-return]
+
+    encoder = Net().double()
+    small = (
+        encoder,
+        theta(encoder),
+        Split(torch.randn(6, 4, 2, 2).double(), torch.arange(6) % 2),
+        torch.randn(2, 3).double(),
+    )
+    operator = curvature.hessian(*small)
+    size = operator.shape[0]
+    with curvature.second_derivatives():
+        found = operator @ torch.eye(size, dtype=torch.float64)
+        inside = encoder(small[2].images)
+    torch.testing.assert_close(inside, encoder(small[2].images))  # the same network
+    expected = torch.autograd.functional.hessian(lambda v: loss_of(small, v), flat(small[1]))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    merged = {name: w + 0.1 for name, w in small[1].items()}
+    v = torch.full((size,), 0.1, dtype=torch.float64)
+    terms = curvature.taylor_terms(*small[:2], merged, *small[2:])
+    assert terms["second"] == pytest.approx(float(v @ expected @ v) / 2, rel=1e-8)
+
+
+def test_the_gradient_is_that_of_all_images(small: tuple[nn.Module, Theta, Split, Tensor]) -> None:
+    found = curvature.gradient(*small, batch_size=7)
+    expected = torch.func.grad(lambda v: loss_of(small, v))(flat(small[1]))
+    assert list(found) == list(small[1])
+    torch.testing.assert_close(flat(found), expected, rtol=1e-8, atol=1e-12)

@@ -194,6 +194,33 @@ def test_n_train_limits_the_examples(tiny: Any, tmp_path: Path, monkeypatch: pyt
     assert seen == {10}
 
 
+def test_wrong_labels_are_a_share_of_other_classes_and_nested() -> None:
+    labels = torch.arange(4000) % 5
+
+    def at(share: float) -> Tensor:
+        return batches.mislabel(labels, 5, share, batches.generator("labels", 1))
+
+    assert torch.equal(at(0.0), labels)
+    few, many = at(0.2), at(0.6)
+    for share, found in ((0.2, few), (0.6, many)):
+        assert float((found != labels).double().mean()) == pytest.approx(share, abs=0.025)
+        assert 0 <= int(found.min()) and int(found.max()) < 5
+    assert torch.equal(few[few != labels], many[few != labels])  # the wrong ones of the smaller share stay wrong
+    moved = (many - labels)[many != labels] % 5
+    assert moved.bincount(minlength=5)[1:].double().div(len(moved)).tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+def test_label_noise_is_training_on_wrong_labels(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = finetune.finetune(dataclasses.replace(RECIPE, label_noise=0.5, seed=3), tiny, "cpu", tmp_path / "a")
+    task = tasks.load(RECIPE.task)
+    wrong = batches.mislabel(task.train.labels, len(task.classes), 0.5, batches.generator("labels", 3))
+    changed = dataclasses.replace(task, train=tasks.Split(task.train.images, wrong))
+    monkeypatch.setattr(tasks, "load", lambda name: changed)
+    by_hand = finetune.finetune(dataclasses.replace(RECIPE, seed=3), tiny, "cpu", tmp_path / "b")
+    assert same(noisy.theta, by_hand.theta)
+    assert (noisy.train_loss, noisy.train_accuracy) == (by_hand.train_loss, by_hand.train_accuracy)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sam"])
 def test_divergence_names_task_step_and_remedy(
     optimizer: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -590,6 +617,7 @@ def test_processes_give_the_weights_of_a_serial_run_in_the_order_of_the_recipes(
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0 or None"),
         ({"n_train": 0}, "n_train must be"),
+        ({"label_noise": 1.0}, r"label_noise must be in \[0, 1\)"),
         ({"batch_size": True}, "batch_size must be"),
         ({"seed": -1}, "seed must be"),
         ({"precision": "fp8"}, "precision must be fp32, bf16 or fp16"),

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from samlib import clip, tasks
 from samlib.interference import (
-    above_chord,
     cosine,
     cross_task_linearity,
     effective_rank,
-    linearity_bound,
-    losses_on_line,
     normalised_accuracy,
     sign_conflict,
     xi,
@@ -212,31 +209,6 @@ def test_cross_task_linearity_is_that_of_a_direct_loop() -> None:
     assert found["second"]["distance"] > 1e-3  # it bends
     with pytest.raises(ValueError, match=r"unknown: \['third'\]"):
         cross_task_linearity(encoder, theta_1, theta_2, images, ["third"])
-
-
-def test_losses_on_a_line_and_their_barrier() -> None:
-    encoder = Linear(bend=True)
-    split = Split(torch.rand(9, 3, 2, 2), torch.arange(9) % 2)
-    head = torch.randn(2, 3)
-    theta_a, theta_b = random_theta(encoder, 2), random_theta(encoder, 3)
-    grid = [0.0, 0.25, 1.0, 1.5]
-    losses = losses_on_line(encoder, theta_a, theta_b, grid, split, head)
-    for a, loss in zip(grid, losses, strict=True):
-        theta = {name: (1 - a) * w + a * theta_b[name] for name, w in theta_a.items()}
-        outputs = torch.func.functional_call(encoder, theta, (split.images,)) @ head.T
-        assert loss == pytest.approx(F.cross_entropy(outputs, split.labels).item(), rel=1e-5)
-    assert above_chord(torch.tensor([1.0, 4.0, 2.0]), [0.0, 0.5, 1.0]).tolist() == [0.0, 2.5, 0.0]
-    with pytest.raises(ValueError, match="ascending grid from 0 to 1"):
-        above_chord(losses, grid)
-
-
-def test_two_round_bowls_reach_the_linearity_bound() -> None:
-    """L_s = beta_s |theta - theta_s|^2 / 2: along the line the sum lies below its chord, by exactly the bound."""
-    a = torch.linspace(0, 1, 11, dtype=torch.float64)
-    distance, beta_s, beta_t = 3.0, 0.5, 2.0
-    joint = beta_t * (a * distance) ** 2 / 2 + beta_s * ((1 - a) * distance) ** 2 / 2  # a = 0 at theta_t
-    delta = above_chord(joint, a.tolist())
-    torch.testing.assert_close(-delta, linearity_bound(a.tolist(), beta_s, beta_t, distance))
 
 
 def test_effective_rank_counts_directions() -> None:

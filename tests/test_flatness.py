@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from samlib import experiment, flatness, regimes
+from samlib.bench import Bench
+from samlib.clip import theta
+from samlib.run import Run, begin
+from samlib.tasks import Split
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run over the two stand-in tasks, with published values of its own."""
+    monkeypatch.setenv("SAMLIB_CACHE", str(tmp_path / "cache"))
+    started = begin("demo", preset="smoke", tasks=["warm", "cool"], device="cpu")
+    return dataclasses.replace(started, published=tmp_path / "published")
+
+
+def test_what_is_measured_of_a_model_agrees_with_dense_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    split = Split(torch.rand(30, 3, 2, 2, dtype=torch.float64), torch.arange(30) % 2)
+    head = torch.randn(2, 3, dtype=torch.float64)
+    theta_t = theta(encoder)
+    theta_m = {name: w + 0.05 * torch.randn_like(w) for name, w in theta_t.items()}
+    b = Bench(("one",), encoder, theta_t, [head], [split], [split], [split])
+    found = flatness._of_task(b, 0, theta_t, theta_m, 30)
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        parts = v.split([w.numel() for w in theta_t.values()])
+        weights = {name: part.view(w.shape) for (name, w), part in zip(theta_t.items(), parts, strict=True)}
+        return F.cross_entropy(functional_call(encoder, weights, (split.images,)) @ head.T, split.labels)
+
+    w, eps = flatness.flat(theta_t), flatness.flat(theta_m) - flatness.flat(theta_t)
+    H, g = torch.func.hessian(loss)(w), torch.func.grad(loss)(w)
+    values, vectors = torch.linalg.eigh(H)
+    assert found["eigenvalues"] == pytest.approx(values.flip(0)[: flatness.TOP].tolist(), rel=1e-2)
+    assert abs(found["trace"] - float(H.trace())) < 4 * found["trace error"]
+    assert found["along"] == pytest.approx(float(eps @ H @ eps / (eps @ eps)), rel=1e-6)
+    assert found["gap"] == pytest.approx(float(loss(w + eps) - loss(w)), rel=1e-6)
+    assert found["test first"] == pytest.approx(found["first"])  # the same images here
+    top = vectors[:, -flatness.TOP :]
+    for name, d in {"merge": eps, "SAM": g, "ASAM": w**2 * g}.items():
+        unit = d / d.norm()
+        mine = found["directions"][name]
+        assert mine["cosine"] == pytest.approx(float(unit @ eps / eps.norm()), abs=1e-6)
+        assert mine["energy"] == pytest.approx(float((top.T @ unit).square().sum()), abs=2e-2)
+        rises = [float(loss(w + share * eps.norm() * unit) - loss(w)) for share in flatness.SHARES]
+        assert mine["rise"] == pytest.approx(rises, rel=1e-6)
+    assert found["directions"]["merge"]["rise"][-1] == pytest.approx(found["gap"])
+
+
+def test_flatness_of_an_arm(run: Run, tiny: Any) -> None:
+    found = flatness.measure(run, tiny, "AdamW", 0)["tasks"]
+    fast = regimes.measure(run, tiny, "AdamW", 0)
+    assert list(found) == ["warm", "cool"]
+    for task, values in found.items():
+        assert values["test gap"] == pytest.approx(fast["gap"][task], abs=1e-6)
+        assert values["norm"] == pytest.approx(fast["tau_norm"][task], rel=1e-5)
+        assert values["gap"] == pytest.approx(values["first"] + values["second"] + values["rest"])
+        lost = fast["single"]["accuracy"][task] - fast["averaging"]["accuracy"][task]
+        assert values["test accuracy lost"] == pytest.approx(lost)
+    assert found["warm"]["cosine"] == pytest.approx(found["cool"]["cosine"])  # two tasks have one angle
+    with pytest.raises(ValueError, match="arm must be one of"):
+        flatness.measure(run, tiny, "SGD", 0)
+
+
+def test_a_radius_in_an_arms_name(run: Run) -> None:
+    assert [r.rho for r in experiment.recipes(run, "SAM, rho 0.25", 0)] == [0.25, 0.25]
+    assert experiment.recipes(run, "ASAM, rho 0.25", 0)[0].optimizer == "asam"
+    own = f"SAM, rho {run.preset.rho_sam:g}"
+    assert experiment.recipes(run, own, 3) == experiment.recipes(run, "SAM", 3)
+    with pytest.raises(ValueError, match="arm must be"):
+        experiment.recipes(run, "AdamW, rho 0.25", 0)
+
+
+def test_regimes_train_what_they_say_and_are_published_apart(run: Run, tiny: Any) -> None:
+    preset = dataclasses.replace(run.preset, regimes=((1.0, 60, 0.0), (0.5, 60, 0.0), (1.0, 60, 0.5)))
+    run = dataclasses.replace(run, preset=preset)
+    arms = regimes.arms(run)
+    assert arms == ["AdamW", "AdamW, 2x steps", "SAM, rho 0.005"]
+    for _ in range(2):  # the second time nothing is left to do
+        for within, length in regimes.regimes(run):
+            experiment.publish_runs(within, tiny, regimes.measure, [(arm, 0, length) for arm in arms])
+    runs = run.published_values("demo.smoke")["runs"]
+    told = [(r["arm"], r["steps"], r["recipes"][0]["label_noise"], r["recipes"][0]["steps"]) for r in runs]
+    assert told == [
+        (arm, steps, noise, 2 * steps if "2x" in arm else steps)
+        for steps, noise in ((10, 0.0), (5, 0.0), (10, 0.5))
+        for arm in arms
+    ]
+    table = regimes.gains(runs)
+    assert len(table) == 3 * 2 * 2  # regimes, baselines, tasks
+    line = table[(table.label_noise == 0.5) & (table.base == "AdamW, 2x steps") & (table.task == "cool")].iloc[0]
+    sam, twice = runs[8], runs[7]
+    assert line["gap"] == sam["gap"]["cool"] - twice["gap"]["cool"]
+    assert line["single"] == pytest.approx(
+        100 * (sam["single"]["accuracy"]["cool"] - twice["single"]["accuracy"]["cool"])
+    )
+    assert line["rho"] == 0.005 and not math.isnan(line["normalised"])
