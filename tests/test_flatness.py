@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from samlib import experiment, flatness, regimes
-from samlib.bench import Bench
+from samlib import experiment, flatness, pairs, regimes, tasks
+from samlib.bench import Bench, bench
 from samlib.clip import theta
+from samlib.finetune import finetune_many
+from samlib.landscape import losses
 from samlib.run import Run, begin
 from samlib.tasks import Split
 
@@ -108,3 +110,27 @@ def test_regimes_train_what_they_say_and_are_published_apart(run: Run, tiny: Any
         100 * (sam["single"]["accuracy"]["cool"] - twice["single"]["accuracy"]["cool"])
     )
     assert line["rho"] == 0.005 and not math.isnan(line["normalised"])
+
+
+def test_pairs_are_what_their_parts_say(run: Run, tiny: Any) -> None:
+    found = pairs.measure(run, tiny, "AdamW", 0)["pairs"]
+    assert list(found) == ["warm, cool"]
+    values = found["warm, cool"]
+    done = [d.theta for d in finetune_many(experiment.recipes(run, "AdamW", 0), tiny, "cpu", run.cache)]
+    b = bench(run, tiny)
+    n = run.preset.n_hessian
+    assert list(values["blocks"]) == ["hidden", "out"]
+    # the first layer is linear in its weights, and its features are taken before the bend
+    assert values["blocks"]["hidden"]["distance"] == pytest.approx(0, abs=1e-6)
+    assert 0 < values["blocks"]["hidden"]["baseline"]
+    middle = {name: (w + done[1][name]) / 2 for name, w in done[0].items()}
+    seen = [tasks.subset(split, n) for split in b.trains]
+
+    def joint(theta_: Any) -> float:
+        return float(losses(tiny.encoder, theta_, seen, b.heads).sum())
+
+    delta = joint(middle) - (joint(done[0]) + joint(done[1])) / 2
+    assert values["joint"][2] == pytest.approx(delta, abs=1e-6)
+    assert values["joint"][0] == values["joint"][-1] == 0
+    vectors = [flatness.flat(theta_) for theta_ in done]
+    assert values["distance"] == pytest.approx(float((vectors[0] - vectors[1]).norm()), rel=1e-5)

@@ -1,0 +1,111 @@
+"""How two fine-tuned models lie to each other, for every pair of tasks: `python -m samlib.pairs`; resumable."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+from torch import nn
+
+from samlib import clip as clip_module
+from samlib import tasks
+from samlib.bench import bench
+from samlib.clip import Clip
+from samlib.experiment import ARMS, publish_runs, recipes
+from samlib.finetune import Finetuned, finetune_many
+from samlib.interference import cosine, cross_task_linearity, sign_conflict
+from samlib.landscape import above_chord, losses_on_line
+from samlib.merge import task_vector
+from samlib.run import Run, begin
+
+GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # places on the line from one model to the other
+
+
+def blocks(encoder: nn.Module) -> list[str]:
+    """Names of the encoder's transformer blocks, from the image upwards; of another encoder, its direct children."""
+    found = [name for name, _ in encoder.named_modules() if re.search(r"blocks\.\d+$", name)]
+    return found or [name for name, _ in encoder.named_children()]
+
+
+def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
+    """Cross-task linearity, barriers and angles of all pairs of models of one arm and one seed.
+
+    Args:
+        run: preset, device and cache.
+        clip: the pre-trained model.
+        arm: as in `experiment.recipes`.
+        seed: as in `experiment.recipes`.
+        length: multiple of the preset's steps.
+
+    Returns:
+        "pairs": by "s, t": `blocks` (block -> distance, coefficient, baseline of `cross_task_linearity` at 1/2, on
+        n_hessian test images of each of the two tasks); `joint` (the deviation delta from joint-task linearity at
+        GRID, from theta_s to theta_t, on n_hessian training images of each); `barriers` (of each task's loss on
+        them); `distance` (||theta_s - theta_t||), `cosine` and `sign conflict` (of the task vectors).
+
+    Taught in: 06_interference.
+    """
+    todo = recipes(run, arm, seed, length)
+
+    def compute() -> dict[str, Any]:
+        return _measure(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
+
+    decides = {
+        "recipes": [asdict(r) for r in todo],
+        "images": [run.preset.n_hessian, run.preset.n_eval],
+        "grid": GRID,
+        "code": inspect.getsource(_measure),
+    }
+    value: dict[str, Any] = run.cached("pairs", decides, compute)
+    return value
+
+
+def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
+    b, n = bench(run, clip), run.preset.n_hessian
+    thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
+    taus = [task_vector(theta, b.theta_0) for theta in thetas]
+    seen, unseen = ([tasks.subset(split, n) for split in splits] for splits in (b.trains, b.tests))
+    found = {}
+    for s, t in combinations(range(len(thetas)), 2):
+        linear = [
+            cross_task_linearity(b.encoder, thetas[s], thetas[t], unseen[k].images, blocks(b.encoder)) for k in (s, t)
+        ]
+        line = losses_on_line(
+            b.encoder, thetas[s], thetas[t], GRID, [seen[s], seen[t]], [b.heads[s], b.heads[t]]
+        )  # (2, G)
+        apart = task_vector(thetas[s], thetas[t])
+        found[f"{b.names[s]}, {b.names[t]}"] = {
+            "blocks": {
+                block: {name: (value + linear[1][block][name]) / 2 for name, value in values.items()}
+                for block, values in linear[0].items()
+            },
+            "joint": above_chord(line.sum(0), GRID).tolist(),
+            "barriers": [float(above_chord(losses, GRID).max()) for losses in line],
+            "distance": float(nn.utils.parameters_to_vector(apart.values()).norm()),
+            "cosine": cosine(taus[s], taus[t]),
+            "sign conflict": sign_conflict(taus[s], taus[t]),
+        }
+    return {"pairs": found}
+
+
+def main() -> None:
+    """Measure every arm, seed after seed, and rewrite the published values after each."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", default="published")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
+    a = parser.parse_args()
+    run = begin("pairs", preset=a.preset)
+    clip = clip_module.load(run.device)
+    for seed in a.seeds or run.preset.seeds:
+        publish_runs(run, clip, measure, [(arm, seed, 1.0) for arm in ARMS])
+
+
+if __name__ == "__main__":
+    from samlib import pairs
+
+    pairs.main()  # by its own name, under which worker processes can import what they run
