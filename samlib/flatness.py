@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
@@ -141,6 +142,33 @@ def _of_task(b: Bench, t: int, theta_t: Theta, theta_m: Theta, n: int) -> dict[s
         "sharpness": {name: {k: v for k, v in found.items() if k != "loss"} for name, found in sharp.items()},
         "directions": directions,
     }
+
+
+def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Results of `measure` as a table, one row a model.
+
+    Args:
+        runs: results of `measure` with `arm`, `seed` and `recipes`, as they are published.
+
+    Returns:
+        arm, rho, seed, task; `gap` (of the test loss, nats) and `accuracy lost`; the numbers of `measure` that are
+        single numbers; `top eigenvalue`; `SAM sharpness`, `ASAM sharpness` (worst) and `average sharpness` (SAM's);
+        `quadratic` (first + second) and `test along` (curvature along the merging perturbation on test images).
+
+    Taught in: 07_flatness.
+    """
+    rows = []
+    for r in runs:
+        for task, found in r["tasks"].items():
+            row: dict[str, Any] = {"arm": r["arm"], "rho": r["recipes"][0]["rho"], "seed": r["seed"], "task": task}
+            row |= {name: value for name, value in found.items() if isinstance(value, float)}
+            row |= {"gap on training images": found["gap"], "gap": found["test gap"]}
+            row |= {"accuracy lost": found["test accuracy lost"], "top eigenvalue": found["eigenvalues"][0]}
+            row |= {f"{name} sharpness": values["worst"] for name, values in found["sharpness"].items()}
+            row |= {"average sharpness": found["sharpness"]["SAM"]["average"]}
+            row |= {"quadratic": found["first"] + found["second"]}
+            rows.append(row | {"test along": 2 * found["test second"] / found["length"] ** 2})
+    return pd.DataFrame(rows)
 
 
 def flat(theta: Theta) -> Tensor:

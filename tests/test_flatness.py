@@ -75,6 +75,12 @@ def test_flatness_of_an_arm(run: Run, tiny: Any) -> None:
     assert found["warm"]["cosine"] == pytest.approx(found["cool"]["cosine"])  # two tasks have one angle
     with pytest.raises(ValueError, match="arm must be one of"):
         flatness.measure(run, tiny, "SGD", 0)
+    experiment.publish_runs(run, tiny, flatness.measure, [("AdamW", 0, 1.0)])
+    line = flatness.table(run.published_values("demo.smoke")["runs"]).set_index("task").loc["cool"]
+    assert (line["arm"], line["rho"], line["seed"]) == ("AdamW", 0.0, 0)
+    assert line["gap"] == found["cool"]["test gap"] != line["gap on training images"] == found["cool"]["gap"]
+    assert line["quadratic"] == pytest.approx(line["gap on training images"] - line["rest"])
+    assert line["top eigenvalue"] == found["cool"]["eigenvalues"][0]
 
 
 def test_a_radius_in_an_arms_name(run: Run) -> None:
