@@ -68,6 +68,11 @@ class Classifier(nn.Module):
         return logits
 
 
+def flat(theta: Theta) -> Tensor:
+    """All weights as one vector, float64 (P,), in the order of their names, whatever order the dictionary has."""
+    return torch.cat([theta[name].detach().double().reshape(-1) for name in sorted(theta)])
+
+
 def hessian(
     encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int = 100
 ) -> HessianLinearOperator:
@@ -75,7 +80,7 @@ def hessian(
 
     Args:
         encoder: gives the architecture.
-        theta: weights by name, P numbers in all; rows and columns follow their order, flattened.
+        theta: weights by name, P numbers in all; rows and columns are in the order of `flat`.
         split: images and labels.
         head: (K, d).
         batch_size: images in one backward pass; it does not change the result.
@@ -98,7 +103,7 @@ def hessian(
     images, labels = split.images.to(head.device), split.labels.to(head.device)
     data = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     loss = nn.CrossEntropyLoss(reduction="mean")
-    ordered = [parameters[name] for name in theta]
+    ordered = [parameters[name] for name in sorted(theta)]
     return HessianLinearOperator(model, loss, ordered, data, check_deterministic=False)
 
 
@@ -165,12 +170,12 @@ def quadratic_form(operator: HessianLinearOperator, direction: Theta) -> float:
 
     Args:
         operator: of `hessian`.
-        direction: v, shaped as the weights and in their order, not zero.
+        direction: v, shaped as the weights, not zero.
 
     Raises:
         ValueError: the direction is zero.
     """
-    v = torch.cat([w.reshape(-1) for w in direction.values()]).to(operator.device, operator.dtype)
+    v = flat(direction).to(operator.device, operator.dtype)
     length = float(v.double().square().sum())
     if length == 0:
         raise ValueError("a zero vector has no direction")

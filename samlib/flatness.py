@@ -14,12 +14,12 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
 
 from samlib import clip as clip_module
 from samlib import curvature, tasks
 from samlib.bench import Bench, bench, score
 from samlib.clip import Clip, Theta
+from samlib.curvature import flat
 from samlib.experiment import publish_runs, recipes
 from samlib.finetune import Finetuned, finetune_many
 from samlib.landscape import losses
@@ -152,7 +152,7 @@ def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     Returns:
         arm, rho, seed, task; `gap` (of the test loss, nats) and `accuracy lost`; the numbers of `measure` that are
-        single numbers; `top eigenvalue`; `SAM sharpness`, `ASAM sharpness` (worst) and `average sharpness` (SAM's);
+        single numbers; `top eigenvalue`; `SAM sharpness`, `ASAM sharpness` (worst);
         `quadratic` (first + second) and `test along` (curvature along the merging perturbation on test images).
 
     Taught in: 07_flatness.
@@ -165,20 +165,18 @@ def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
             row |= {"gap on training images": found["gap"], "gap": found["test gap"]}
             row |= {"accuracy lost": found["test accuracy lost"], "top eigenvalue": found["eigenvalues"][0]}
             row |= {f"{name} sharpness": values["worst"] for name, values in found["sharpness"].items()}
-            row |= {"average sharpness": found["sharpness"]["SAM"]["average"]}
             row |= {"quadratic": found["first"] + found["second"]}
             rows.append(row | {"test along": 2 * found["test second"] / found["length"] ** 2})
     return pd.DataFrame(rows)
 
 
-def flat(theta: Theta) -> Tensor:
-    """All weights as one vector, float64 (P,)."""
-    return parameters_to_vector(theta.values()).double()
-
-
 def _moved(theta: Theta, step: Tensor) -> Theta:
-    parts = step.to(next(iter(theta.values())).dtype).split([w.numel() for w in theta.values()])
-    return {name: w + part.view(w.shape) for (name, w), part in zip(theta.items(), parts, strict=True)}
+    names = sorted(theta)
+    parts = step.split([theta[name].numel() for name in names])
+    return {
+        name: theta[name] + part.view(theta[name].shape).to(theta[name])
+        for name, part in zip(names, parts, strict=True)
+    }
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from samlib import curvature
 from samlib.clip import Theta, theta
+from samlib.curvature import flat
 from samlib.tasks import Split
 
 
@@ -22,15 +23,12 @@ def small() -> tuple[nn.Module, Theta, Split, Tensor]:
     return encoder, theta(encoder), split, torch.randn(2, 3, dtype=torch.float64)
 
 
-def flat(weights: Theta) -> Tensor:
-    return torch.cat([w.reshape(-1) for w in weights.values()])
-
-
 def loss_of(small: tuple[nn.Module, Theta, Split, Tensor], v: Tensor) -> Tensor:
     """The loss as a function of one vector of all weights."""
     encoder, like, split, head = small
-    parts = v.split([w.numel() for w in like.values()])
-    weights = {name: part.view(w.shape) for (name, w), part in zip(like.items(), parts, strict=True)}
+    names = sorted(like)
+    parts = v.split([like[name].numel() for name in names])
+    weights = {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
     return F.cross_entropy(functional_call(encoder, weights, (split.images,)) @ head.T, split.labels)
 
 
@@ -108,6 +106,8 @@ def test_curvature_along_a_direction(small: tuple[nn.Module, Theta, Split, Tenso
     direction = {name: torch.randn_like(w) for name, w in small[1].items()}
     v = flat(direction)
     assert curvature.quadratic_form(operator, direction) == pytest.approx(float(v @ dense @ v / (v @ v)), rel=1e-8)
+    backwards = dict(reversed(direction.items()))  # a task vector may have its names in another order
+    assert curvature.quadratic_form(operator, backwards) == curvature.quadratic_form(operator, direction)
     with pytest.raises(ValueError, match="zero vector"):
         curvature.quadratic_form(operator, {name: torch.zeros_like(w) for name, w in direction.items()})
 
@@ -125,7 +125,7 @@ def test_sharpness_at_worst_and_on_average(small: tuple[nn.Module, Theta, Split,
     generator = torch.Generator().manual_seed(5)
     rises = []
     for _ in range(3):
-        z = torch.cat([torch.randn(p.shape, generator=generator).reshape(-1) for p in small[1].values()]).double()
+        z = flat({name: torch.randn(p.shape, generator=generator) for name, p in small[1].items()})
         rises.append(float(loss_of(small, w + 0.1 * s * z / z.norm()) - base))
     assert found["average"] == pytest.approx(sum(rises) / 3, rel=1e-5)
     with pytest.raises(ValueError, match="rho > 0"):

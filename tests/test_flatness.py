@@ -14,6 +14,7 @@ from torch.func import functional_call
 from samlib import experiment, flatness, pairs, regimes, tasks
 from samlib.bench import Bench, bench
 from samlib.clip import theta
+from samlib.curvature import flat
 from samlib.finetune import finetune_many
 from samlib.landscape import losses
 from samlib.run import Run, begin
@@ -34,16 +35,17 @@ def test_what_is_measured_of_a_model_agrees_with_dense_algebra(monkeypatch: pyte
     split = Split(torch.rand(30, 3, 2, 2, dtype=torch.float64), torch.arange(30) % 2)
     head = torch.randn(2, 3, dtype=torch.float64)
     theta_t = theta(encoder)
-    theta_m = {name: w + 0.05 * torch.randn_like(w) for name, w in theta_t.items()}
+    theta_m = {name: w + 0.05 * torch.randn_like(w) for name, w in reversed(theta_t.items())}
     b = Bench(("one",), encoder, theta_t, [head], [split], [split], [split])
     found = flatness._of_task(b, 0, theta_t, theta_m, 30)
 
     def loss(v: torch.Tensor) -> torch.Tensor:
-        parts = v.split([w.numel() for w in theta_t.values()])
-        weights = {name: part.view(w.shape) for (name, w), part in zip(theta_t.items(), parts, strict=True)}
+        names = sorted(theta_t)
+        parts = v.split([theta_t[name].numel() for name in names])
+        weights = {name: part.view(theta_t[name].shape) for name, part in zip(names, parts, strict=True)}
         return F.cross_entropy(functional_call(encoder, weights, (split.images,)) @ head.T, split.labels)
 
-    w, eps = flatness.flat(theta_t), flatness.flat(theta_m) - flatness.flat(theta_t)
+    w, eps = flat(theta_t), flat(theta_m) - flat(theta_t)
     H, g = torch.func.hessian(loss)(w), torch.func.grad(loss)(w)
     values, vectors = torch.linalg.eigh(H)
     assert found["eigenvalues"] == pytest.approx(values.flip(0)[: flatness.TOP].tolist(), rel=1e-2)
@@ -138,5 +140,5 @@ def test_pairs_are_what_their_parts_say(run: Run, tiny: Any) -> None:
     delta = joint(middle) - (joint(done[0]) + joint(done[1])) / 2
     assert values["joint"][2] == pytest.approx(delta, abs=1e-6)
     assert values["joint"][0] == values["joint"][-1] == 0
-    vectors = [flatness.flat(theta_) for theta_ in done]
+    vectors = [flat(theta_) for theta_ in done]
     assert values["distance"] == pytest.approx(float((vectors[0] - vectors[1]).norm()), rel=1e-5)
