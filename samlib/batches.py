@@ -61,6 +61,7 @@ def mislabel(labels: Tensor, classes: int, share: float, generator: torch.Genera
         int64 (N,), the same labels for share 0; a larger share keeps the wrong labels of a smaller one.
 
     Source: Zhang et al. 2017, section 2 (there the new class may be the old one).
+    Taught in: 07_flatness.
     """
     wrong = torch.rand(len(labels), generator=generator) < share
     step = torch.randint(1, classes, (len(labels),), generator=generator)

@@ -30,7 +30,10 @@ from samlib.tasks import Split
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Attention and group norm from operations that PyTorch can differentiate twice; the values stay the same."""
+    """Attention and group norm from operations that PyTorch can differentiate twice; the values stay the same.
+
+    Taught in: 07_flatness.
+    """
     with sdpa_kernel(SDPBackend.MATH), _PlainGroupNorm():
         yield
 
@@ -92,6 +95,7 @@ def hessian(
         ValueError: no image.
 
     Source: Pearlmutter 1994 (products with the Hessian).
+    Taught in: 07_flatness.
     """
     if not len(split):
         raise ValueError("the Hessian needs at least one image")
@@ -125,6 +129,7 @@ def top_eigenvalues(
         ValueError: k out of range.
 
     Source: Lehoucq et al. 1998 (ARPACK, through scipy).
+    Taught in: 07_flatness.
     """
     size = operator.shape[0]
     if not 1 <= k < size:
@@ -151,6 +156,7 @@ def trace(operator: HessianLinearOperator, probes: int = 20, seed: int = 0) -> t
         ValueError: fewer than two probes.
 
     Source: Hutchinson 1989.
+    Taught in: 07_flatness.
     """
     if probes < 2:
         raise ValueError(f"trace needs at least two probes to know its error, not {probes}")
@@ -174,6 +180,8 @@ def quadratic_form(operator: HessianLinearOperator, direction: Theta) -> float:
 
     Raises:
         ValueError: the direction is zero.
+
+    Taught in: 07_flatness.
     """
     v = flat(direction).to(operator.device, operator.dtype)
     length = float(v.double().square().sum())
@@ -204,6 +212,7 @@ def spectral_density(
         ValueError: steps or probes out of range.
 
     Source: Ubaru et al. 2017; Ghorbani et al. 2019 (networks).
+    Taught in: 07_flatness.
     """
     size = operator.shape[0]
     if not 1 <= steps <= size or probes < 1:
@@ -239,7 +248,10 @@ def _lanczos(operator: HessianLinearOperator, v: Tensor, steps: int) -> tuple[Te
 
 
 def gradient(encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int = 100) -> Theta:
-    """The gradient of the mean cross-entropy on all images, shaped as the weights. Arguments as for `hessian`."""
+    """The gradient of the mean cross-entropy on all images, shaped as the weights. Arguments as for `hessian`.
+
+    Taught in: 07_flatness.
+    """
     encoder.eval()
     start = {name: w.detach().to(head.device).requires_grad_() for name, w in theta.items()}
     images, labels = split.images.to(head.device), split.labels.to(head.device)
@@ -278,6 +290,7 @@ def sharpness(
         ValueError: rho or probes out of range.
 
     Source: Foret et al. 2021, eq. 2; Kwon et al. 2021, eq. 4; Andriushchenko et al. 2023 (average case).
+    Taught in: 07_flatness.
     """
     if not rho > 0 or probes < 1:
         raise ValueError(f"sharpness needs rho > 0 and probes >= 1, not {rho} and {probes}")
@@ -324,6 +337,7 @@ def taylor_terms(
         ValueError: mismatched weights, or no image.
 
     Source: Lee et al. 2025, section 3 (the merged model as a perturbation).
+    Taught in: 07_flatness.
     """
     if not len(split):
         raise ValueError("taylor_terms needs at least one image")

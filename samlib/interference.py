@@ -142,6 +142,7 @@ def effective_rank(matrix: Tensor) -> float:
         ValueError: not a matrix, or zero.
 
     Source: Roy and Vetterli 2007.
+    Taught in: 06_interference.
     """
     if matrix.ndim != 2 or not matrix.any():
         raise ValueError(f"effective_rank needs a matrix that is not zero, not one of shape {tuple(matrix.shape)}")
@@ -179,6 +180,7 @@ def cross_task_linearity(
         ValueError: a out of range, no image, mismatched weights, or no such module.
 
     Source: Zhou et al. 2024, section 3.
+    Taught in: 06_interference.
     """
     modules = dict(encoder.named_modules())
     unknown = [name for name in blocks if name not in modules]

@@ -68,6 +68,8 @@ def losses_on_line(
 
     Raises:
         ValueError: mismatched weights, or as many heads as splits are needed.
+
+    Taught in: 06_interference.
     """
     way = task_vector(theta_b, theta_a)
     line = ({name: w + a * way[name] for name, w in theta_a.items()} for a in grid)
@@ -91,6 +93,7 @@ def above_chord(losses: Tensor, grid: Sequence[float]) -> Tensor:
         ValueError: the grid does not go from 0 to 1, or has another length.
 
     Source: Frankle et al. 2020, section 2 (barriers).
+    Taught in: 06_interference.
     """
     if len(grid) != len(losses) or len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or list(grid) != sorted(grid):
         raise ValueError("above_chord needs one loss for each a of an ascending grid from 0 to 1")
@@ -110,6 +113,8 @@ def linearity_bound(a: Sequence[float], beta_s: float, beta_t: float, distance: 
 
     Returns:
         float64 (len(a),), in nats.
+
+    Taught in: 06_interference.
     """
     x = torch.as_tensor(a, dtype=torch.float64)
     return x * (1 - x) * (beta_s + beta_t) * distance**2 / 2
@@ -129,6 +134,7 @@ def random_directions(theta: Theta, seed: int = 0) -> tuple[Theta, Theta]:
         Two directions shaped as theta. In so many dimensions they are almost, not exactly, orthogonal.
 
     Source: Li et al. 2018, section 4 (filter normalisation).
+    Taught in: 07_flatness.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -156,6 +162,7 @@ def plane(origin: Theta, theta_a: Theta, theta_b: Theta) -> tuple[Theta, Theta, 
         ValueError: the three lie on one line.
 
     Source: Garipov et al. 2018, appendix (the plane through three models).
+    Taught in: 07_flatness.
     """
     tau_a, tau_b = task_vector(theta_a, origin), task_vector(theta_b, origin)
     length, reach = _dot(tau_a, tau_a) ** 0.5, _dot(tau_b, tau_b) ** 0.5
@@ -192,6 +199,8 @@ def losses_on_plane(
 
     Raises:
         ValueError: as many heads as splits are needed.
+
+    Taught in: 07_flatness.
     """
     points = ({name: w + x * u[name] + y * v[name] for name, w in origin.items()} for y in ys for x in xs)
     found = torch.stack([losses(encoder, theta, splits, heads) for theta in points], 1)

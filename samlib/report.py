@@ -57,6 +57,31 @@ def verdict(a: Sequence[float], b: Sequence[float]) -> str:
     return "higher than" if low > 0 else "lower than" if high < 0 else "not distinguishable from"
 
 
+def claim(low: float, high: float, predicted: int, centre: float = 0.0) -> str:
+    """What an interval says about a claim.
+
+    Args:
+        low, high: of the interval; NaN where there is none.
+        predicted: side of the centre that the claim predicts, +1 for above, -1 for below.
+        centre: value of no effect, such as 0 for a difference and 1 for a ratio.
+
+    Returns:
+        "supported" if the whole interval lies on the predicted side, "not supported" if it lies on the other one,
+        "undecided" if it holds the centre, or if there is no interval.
+
+    Raises:
+        ValueError: predicted is neither -1 nor +1.
+
+    Taught in: 07_flatness.
+    """
+    if predicted not in (-1, 1):
+        raise ValueError(f"predicted must be -1 or +1, not {predicted!r}")
+    below, above = high < centre, low > centre
+    if not (below or above):
+        return "undecided"
+    return "supported" if above == (predicted == 1) else "not supported"
+
+
 def compare(yours: dict[str, float], published: dict[str, Sequence[float]]) -> pd.DataFrame:
     """Your run beside the published one.
 

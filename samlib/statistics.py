@@ -73,6 +73,8 @@ def correlations(target: str, columns: Sequence[str], within: str | None = None)
 
     Returns:
         A statistic with one number a column; NaN where a column or the target does not vary.
+
+    Taught in: 07_flatness.
     """
 
     def statistic(frame: pd.DataFrame, weights: Weights) -> np.ndarray:
@@ -93,6 +95,8 @@ def coefficients(target: str, columns: Sequence[str], within: str | None = None)
 
     Returns:
         A statistic with one number a column, and R^2, the share of the (within-group) variance that is explained.
+
+    Taught in: 07_flatness.
     """
 
     def statistic(frame: pd.DataFrame, weights: Weights) -> np.ndarray:
