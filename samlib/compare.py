@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from samlib import clip as clip_module
 from samlib import merge
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
-from samlib.experiment import ARMS, JOINT, publish_runs, recipes
+from samlib.experiment import ARMS, JOINT, command, recipes
 from samlib.finetune import Finetuned, finetune_many
-from samlib.run import Run, begin
+from samlib.run import Run
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,8 @@ def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned], seed: int) -> di
 
 
 def main() -> None:
-    """Merge by every method, seed after seed, and rewrite the published values after each; resumable."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="published")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
-    a = parser.parse_args()
-    run = begin("compare", preset=a.preset)
-    clip = clip_module.load(run.device)
-    for seed in a.seeds or run.preset.seeds:
-        publish_runs(run, clip, merge_all, [(arm, seed, 1.0) for arm in (*ARMS, JOINT)])
+    """Every arm, and the model of all tasks."""
+    command("compare", merge_all, lambda run, seed: [(run, [(arm, seed, 1.0) for arm in (*ARMS, JOINT)])])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -282,8 +282,31 @@ def _identity(published: dict[str, Any]) -> tuple[Any, ...]:
     return published["arm"], published["seed"], published["steps"], recipe.n_train, recipe.label_noise
 
 
+def command(
+    name: str, measure: Measure, plan: Callable[[Run, int], Iterable[tuple[Run, Sequence[tuple[str, int, float]]]]]
+) -> None:
+    """`python -m samlib.<name>`: measure seed after seed, and rewrite the published values after each part of the plan.
+
+    Args:
+        name: of the published values, and of the module.
+        measure: as in `measure_many`.
+        plan: run and seed -> parts, each a run and what to measure in it.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"Measure and publish `{name}`; what is published is not measured again."
+    )
+    parser.add_argument("--preset", default="published")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
+    a = parser.parse_args()
+    run = begin(name, preset=a.preset)
+    clip = clip_module.load(run.device)
+    for seed in a.seeds or run.preset.seeds:
+        for within, wanted in plan(run, seed):
+            publish_runs(within, clip, measure, wanted)
+
+
 def main() -> None:
-    """Measure every arm, seed after seed, and rewrite the published values after each."""
+    """Measure every arm, one training length after the other, and rewrite the published values after each seed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", default="published")
     parser.add_argument("--lengths", type=float, nargs="+", help="multiples of the preset's steps, in this order")

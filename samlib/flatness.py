@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,16 +14,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from samlib import clip as clip_module
 from samlib import curvature, tasks
 from samlib.bench import Bench, bench, score
 from samlib.clip import Clip, Theta
 from samlib.curvature import flat
-from samlib.experiment import publish_runs, recipes
+from samlib.experiment import command, recipes
 from samlib.finetune import Finetuned, finetune_many
 from samlib.landscape import losses
 from samlib.merge import average, task_vector
-from samlib.run import Run, begin
+from samlib.run import Run
 
 SHARPNESS = {"SAM": 0.05, "ASAM": 0.5}  # radii at which every model is probed, whatever it was trained with
 TOP = 3  # eigenvalues of each model
@@ -180,16 +178,8 @@ def _moved(theta: Theta, step: Tensor) -> Theta:
 
 
 def main() -> None:
-    """Measure every arm, seed after seed, and rewrite the published values after each."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="published")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
-    parser.add_argument("--arms", nargs="+", help="instead of all")
-    a = parser.parse_args()
-    run = begin("flatness", preset=a.preset)
-    clip = clip_module.load(run.device)
-    for seed in a.seeds or run.preset.seeds:
-        publish_runs(run, clip, measure, [(arm, seed, 1.0) for arm in a.arms or arms(run)])
+    """Every arm of `arms`."""
+    command("flatness", measure, lambda run, seed: [(run, [(arm, seed, 1.0) for arm in arms(run)])])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 from collections.abc import Sequence
@@ -12,16 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from samlib import clip as clip_module
 from samlib import tasks
 from samlib.bench import bench
 from samlib.clip import Clip
-from samlib.experiment import ARMS, publish_runs, recipes
+from samlib.experiment import ARMS, command, recipes
 from samlib.finetune import Finetuned, finetune_many
 from samlib.interference import cosine, cross_task_linearity, sign_conflict
 from samlib.landscape import above_chord, losses_on_line
 from samlib.merge import task_vector
-from samlib.run import Run, begin
+from samlib.run import Run
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # places on the line from one model to the other
 
@@ -94,15 +92,8 @@ def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every arm, seed after seed, and rewrite the published values after each."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="published")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
-    a = parser.parse_args()
-    run = begin("pairs", preset=a.preset)
-    clip = clip_module.load(run.device)
-    for seed in a.seeds or run.preset.seeds:
-        publish_runs(run, clip, measure, [(arm, seed, 1.0) for arm in ARMS])
+    """Every arm."""
+    command("pairs", measure, lambda run, seed: [(run, [(arm, seed, 1.0) for arm in ARMS])])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -11,14 +10,13 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from samlib import clip as clip_module
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
-from samlib.experiment import publish_runs, recipes
+from samlib.experiment import command, recipes
 from samlib.finetune import Finetuned, finetune_many
 from samlib.merge import average, task_arithmetic, task_vector
 from samlib.recipe import Recipe
-from samlib.run import Run, begin
+from samlib.run import Run
 
 BASES = ("AdamW", "AdamW, 2x steps")  # at equal steps, and at equal gradient evaluations
 
@@ -126,16 +124,12 @@ def gains(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Measure every regime, seed after seed, and rewrite the published values after each; resumable."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="published")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
-    a = parser.parse_args()
-    run = begin("regimes", preset=a.preset)
-    clip = clip_module.load(run.device)
-    for seed in a.seeds or run.preset.seeds:
-        for within, length in regimes(run):
-            publish_runs(within, clip, measure, [(arm, seed, length) for arm in arms(run)])
+    """Every arm in every regime."""
+    command(
+        "regimes",
+        measure,
+        lambda run, seed: [(within, [(arm, seed, length) for arm in arms(run)]) for within, length in regimes(run)],
+    )
 
 
 if __name__ == "__main__":

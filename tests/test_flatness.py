@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from samlib import experiment, flatness, pairs, regimes, tasks
+from samlib import experiment, flatness, pairs, regimes, report, tasks
 from samlib.bench import Bench, bench
 from samlib.clip import theta
 from samlib.curvature import flat
@@ -142,3 +142,34 @@ def test_pairs_are_what_their_parts_say(run: Run, tiny: Any) -> None:
     assert values["joint"][0] == values["joint"][-1] == 0
     vectors = [flat(theta_) for theta_ in done]
     assert values["distance"] == pytest.approx(float((vectors[0] - vectors[1]).norm()), rel=1e-5)
+
+
+def test_a_command_measures_what_is_missing_seed_after_seed(
+    run: Run, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def measured(within: Run, clip: Any, wanted: list[Any], _: Any) -> list[dict[str, Any]]:
+        asked.extend((within.preset.n_train, *one) for one in wanted)
+        return [{} for _ in wanted]
+
+    preset = dataclasses.replace(run.preset, regimes=((1.0, 60, 0.0), (0.5, 40, 0.0)), radii=(0.25,))
+    here = dataclasses.replace(run, notebook="regimes", preset=preset)
+    monkeypatch.setattr(experiment, "measure_many", measured)
+    monkeypatch.setattr(experiment, "zero_shot", lambda run, clip: {})
+    monkeypatch.setattr(experiment.clip_module, "load", lambda device: tiny)
+    monkeypatch.setattr(experiment, "begin", lambda notebook, preset: here)
+    arms = ["AdamW", "AdamW, 2x steps", "SAM, rho 0.25"]
+    for seeds in (["1"], ["1", "0"]):
+        monkeypatch.setattr("sys.argv", ["regimes", "--preset", "smoke", "--seeds", *seeds])
+        regimes.main()
+    assert asked == [(n, arm, s, x) for s in (1, 0) for n, x in ((60, 1.0), (40, 0.5)) for arm in arms]
+
+
+def test_the_verdict_of_a_claim_follows_its_interval() -> None:
+    assert report.claim(0.1, 0.2, predicted=1) == report.claim(-0.2, -0.1, predicted=-1) == "supported"
+    assert report.claim(0.1, 0.2, predicted=-1) == report.claim(-0.2, -0.1, predicted=1) == "not supported"
+    assert report.claim(-0.1, 0.2, predicted=1) == report.claim(math.nan, math.nan, predicted=1) == "undecided"
+    assert report.claim(0.5, 0.9, predicted=-1, centre=1.0) == "supported"
+    with pytest.raises(ValueError, match="predicted must be"):
+        report.claim(0.1, 0.2, predicted=0)
