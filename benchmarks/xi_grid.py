@@ -1,8 +1,8 @@
 """The map of the disentanglement error: `python -m benchmarks.xi_grid`.
 
 The definition has four predictions a cell: on the images of both tasks, with one task vector and with both. *naive*
-makes all of them, in batches of 500 images; *library* is `interference.xi`, which makes those with one vector once a
-row or column, and none where nothing is added. Both on the testbed, in turns; printed are seconds and their ratio.
+makes all of them, in batches of 500 images; *library* is `interference.xi`, which makes each model once, for the images
+of both tasks together. Both on the testbed, in turns; printed are seconds and their ratio.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from samlib.clip import Clip
 from samlib.experiment import ARMS, command, recipes
 from samlib.finetune import Finetuned, finetune_many
 from samlib.interference import cosine, cross_task_linearity, sign_conflict
-from samlib.landscape import above_chord, losses_on_line
+from samlib.landscape import losses_on_line
 from samlib.merge import task_vector
 from samlib.run import Run
 
@@ -42,9 +42,8 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
 
     Returns:
         "pairs": by "s, t": `blocks` (block -> distance, coefficient, baseline of `cross_task_linearity` at 1/2, on
-        n_hessian test images of each of the two tasks); `joint` (the deviation delta from joint-task linearity at
-        GRID, from theta_s to theta_t, on n_hessian training images of each); `barriers` (of each task's loss on
-        them); `distance` (||theta_s - theta_t||), `cosine` and `sign conflict` (of the task vectors).
+        n_hessian test images of each of the two tasks); `losses` (of both tasks at GRID, from theta_s to theta_t, on
+        n_hessian training images of each, in nats); `distance` (||theta_s - theta_t||), `cosine` and `sign conflict` (of the task vectors).
 
     Taught in: 06_interference.
     """
@@ -82,8 +81,7 @@ def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
                 block: {name: (value + linear[1][block][name]) / 2 for name, value in values.items()}
                 for block, values in linear[0].items()
             },
-            "joint": above_chord(line.sum(0), GRID).tolist(),
-            "barriers": [float(above_chord(losses, GRID).max()) for losses in line],
+            "losses": line.tolist(),
             "distance": float(nn.utils.parameters_to_vector(apart.values()).norm()),
             "cosine": cosine(taus[s], taus[t]),
             "sign conflict": sign_conflict(taus[s], taus[t]),
