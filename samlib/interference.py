@@ -173,8 +173,9 @@ def cross_task_linearity(
         batch_size: images in one forward pass.
 
     Returns:
-        block -> `distance` (1 - cosine of A and B), `coefficient` (<A, B> / ||B||^2, 1 if lengths agree), and
-        `baseline` (1 - cosine of h(x; theta_1) and h(x; theta_2)), beside which the distance is small or not.
+        block -> `distance` (1 - cosine of A and B), `coefficient` (<A, B> / ||B||^2, the length of A's projection on B
+        over that of B), and `baseline` (1 - cosine of h(x; theta_1) and h(x; theta_2)), beside which the distance is
+        small or not.
 
     Raises:
         ValueError: a out of range, no image, mismatched weights, or no such module.

@@ -79,8 +79,8 @@ def losses_on_line(
 def above_chord(losses: Tensor, grid: Sequence[float]) -> Tensor:
     """How far a curve lies above the straight line between its ends: L(a) - (1 - a) L(0) - a L(1).
 
-    Of one task's loss, the largest value is the loss barrier; of the sum of two tasks' losses from theta_s to theta_t,
-    it is the deviation from joint-task loss linearity.
+    Of the loss of one task between two of its models, the largest value is the barrier; of the sum of two tasks' losses
+    from theta_s to theta_t, it is the deviation from joint-task loss linearity.
 
     Args:
         losses: (G,) at the values of the grid.
@@ -92,7 +92,7 @@ def above_chord(losses: Tensor, grid: Sequence[float]) -> Tensor:
     Raises:
         ValueError: the grid does not go from 0 to 1, or has another length.
 
-    Source: Frankle et al. 2020, section 2 (barriers).
+    Source: Entezari et al. 2022, definition 2.1 (barriers).
     Taught in: 06_interference.
     """
     if len(grid) != len(losses) or len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or list(grid) != sorted(grid):
@@ -104,7 +104,8 @@ def above_chord(losses: Tensor, grid: Sequence[float]) -> Tensor:
 def linearity_bound(a: Sequence[float], beta_s: float, beta_t: float, distance: float) -> Tensor:
     """The bound on joint-task loss linearity: a (1 - a) (beta_s + beta_t) ||theta_s - theta_t||^2 / 2.
 
-    It leaves out what is of third order, and supposes that each loss is least at its own model.
+    It leaves out what is of third order, and supposes that no eigenvalue lies below -beta, as at a minimum; gradients
+    cancel.
 
     Args:
         a: places on the line, in [0, 1].

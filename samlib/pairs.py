@@ -43,7 +43,8 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
     Returns:
         "pairs": by "s, t": `blocks` (block -> distance, coefficient, baseline of `cross_task_linearity` at 1/2, on
         n_hessian test images of each of the two tasks); `losses` (of both tasks at GRID, from theta_s to theta_t, on
-        n_hessian training images of each, in nats); `distance` (||theta_s - theta_t||), `cosine` and `sign conflict` (of the task vectors).
+        n_hessian training images of each, in nats); `distance` (||theta_s - theta_t||); `cosine` and `sign conflict`
+        (of the task vectors).
 
     Taught in: 06_interference.
     """

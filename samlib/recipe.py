@@ -35,7 +35,8 @@ class Recipe:
             over the last quarter of the steps.
         decay: of the moving average, in (0, 1).
         n_train: train on at most this many examples, >= 1, or None for all.
-        label_noise: share of the training labels that are replaced by another class, in [0, 1); drawn by the seed.
+        label_noise: share of the training labels that are replaced by another class, in [0, 1); drawn by the seed,
+            at the same places in every task.
         seed: of data order, augmentation and noise, >= 0.
         precision: "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss.
         validate_every: steps between looks at the validation split, >= 1, or None for no look.
