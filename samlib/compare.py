@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,8 +10,8 @@ from typing import Any
 from samlib import merge
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
-from samlib.experiment import ARMS, JOINT, command, recipes
-from samlib.finetune import Finetuned, finetune_many
+from samlib.experiment import ARMS, JOINT, command, once, recipes
+from samlib.finetune import Finetuned
 from samlib.run import Run
 
 
@@ -70,25 +69,13 @@ def merge_all(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) ->
 
     Taught in: 05_merging.
     """
+    grids = [run.preset.lambdas, run.preset.lambdas_wide]
+    merges = {name: asdict(m) for name, m in MERGES.items()}
     todo = recipes(run, arm, seed, length)
-
-    def compute() -> dict[str, Any]:
-        done = finetune_many(todo, clip, run.device, run.cache, jobs=1)
-        return _merge_all(run, clip, done, seed)
-
-    p = run.preset
-    decides = {
-        "recipes": [asdict(r) for r in todo],
-        "grids": [p.lambdas, p.lambdas_wide],
-        "merges": {name: asdict(m) for name, m in MERGES.items()},
-        "n_eval": p.n_eval,
-        "code": inspect.getsource(_merge_all),
-    }
-    value: dict[str, Any] = run.cached("merge-all", decides, compute)
-    return value
+    return once("merge-all", _merge_all, run, clip, todo, grids=grids, merges=merges)
 
 
-def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned], seed: int) -> dict[str, Any]:
+def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
     b = bench(run, clip)
     images = [split.images for split in b.validations]
     thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
@@ -98,7 +85,7 @@ def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned], seed: int) -> di
         begun = time.monotonic()
         function = getattr(merge, method.function)
         rules = merge.METHODS[method.function].rules
-        settings = method.settings | ({"seed": seed} if "seed" in rules else {})
+        settings = method.settings | ({"seed": done[0].recipe.seed} if "seed" in rules else {})
         if merge.METHODS[method.function].plan is None:
             merged = function(b.encoder, b.theta_0, thetas, images, b.heads, **settings)
         else:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from samlib.clip import Theta
-from samlib.landscape import losses
+from samlib.landscape import dot, losses
 from samlib.merge import task_vector
 from samlib.tasks import Split
 
@@ -358,12 +358,8 @@ def taylor_terms(
         with torch.no_grad():
             totals["gap"] += float(loss({name: w + eps[name] for name, w in theta_t.items()}) - value)
         totals["first"] += float(slope)
-        totals["second"] += _dot(curved, eps) / 2
+        totals["second"] += dot(curved, eps) / 2
         for name, part in g.items():
             gradient[name] += part
     totals["rest"] = totals["gap"] - totals["first"] - totals["second"]
-    return totals | {"length": _dot(eps, eps) ** 0.5, "slope": _dot(gradient, gradient) ** 0.5}
-
-
-def _dot(tau_1: Theta, tau_2: Theta) -> float:
-    return sum(float((tau_1[name].double() * tau_2[name].double()).sum()) for name in tau_1)
+    return totals | {"length": dot(eps, eps) ** 0.5, "slope": dot(gradient, gradient) ** 0.5}

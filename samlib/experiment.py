@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from samlib import clip as clip_module
 from samlib import tasks
 from samlib.bench import at_best_lambda, bench, row, score
-from samlib.clip import Clip, Theta
-from samlib.finetune import Recipe, finetune_many
+from samlib.clip import Clip
+from samlib.finetune import Finetuned, Recipe, finetune_many
 from samlib.interference import xi
 from samlib.merge import average, task_arithmetic, task_vector, ties
 from samlib.run import Run, begin, interval, paired_interval
@@ -92,30 +92,38 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
 
     Taught in: 05_merging.
     """
-    todo = recipes(run, arm, seed, length)
+    lambdas = [run.preset.lambdas, run.preset.lambdas_wide]
+    return once("measure", _measure, run, clip, recipes(run, arm, seed, length), lambdas=lambdas)
 
-    def compute() -> dict[str, Any]:
-        done = finetune_many(todo, clip, run.device, run.cache, jobs=1)
-        return _measure(run, clip, [d.theta for d in done]) | {
-            "train_loss": {d.recipe.task: d.train_loss for d in done},
-            "train_accuracy": {d.recipe.task: d.train_accuracy for d in done},
-            "seconds": sum(d.seconds for d in done),
-        }
 
-    p = run.preset
-    decides = {
-        "recipes": [asdict(r) for r in todo],
-        "lambdas": [p.lambdas, p.lambdas_wide],
-        "n_eval": p.n_eval,
-        "code": inspect.getsource(_measure),
-    }
-    value: dict[str, Any] = run.cached("measure", decides, compute)
+def once(
+    name: str,
+    compute: Callable[[Run, Clip, Sequence[Finetuned]], dict[str, Any]],
+    run: Run,
+    clip: Clip,
+    todo: Sequence[Recipe],
+    **decides: Any,
+) -> dict[str, Any]:
+    """What `compute` finds of the models of some recipes; trained and computed once, then read.
+
+    Args:
+        name: readable part of the stored file's name.
+        compute: run, clip and fine-tuned models -> JSON-able.
+        run: preset, device and cache.
+        clip: the pre-trained model.
+        todo: what to fine-tune.
+        decides: JSON-able; with the recipes, the preset's n_eval and the code of `compute` it must decide the value.
+    """
+    decides |= {"recipes": [asdict(r) for r in todo], "n_eval": run.preset.n_eval, "code": inspect.getsource(compute)}
+    value: dict[str, Any] = run.cached(
+        name, decides, lambda: compute(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
+    )
     return value
 
 
-def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
+def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
     p, b = run.preset, bench(run, clip)
-    thetas = [{name: w.to(run.device) for name, w in theta.items()} for theta in thetas]
+    thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
     single, single_loss = score(b, thetas, b.tests)
     own, _ = score(b, thetas, b.validations)
     arithmetic, chosen = at_best_lambda(b, task_arithmetic(b.theta_0, thetas, 1.0), p.lambdas, own)
@@ -141,6 +149,9 @@ def _measure(run: Run, clip: Clip, thetas: Sequence[Theta]) -> dict[str, Any]:
             ).item()
             for i, j in combinations(range(len(thetas)), 2)
         },
+        "train_loss": {d.recipe.task: d.train_loss for d in done},
+        "train_accuracy": {d.recipe.task: d.train_accuracy for d in done},
+        "seconds": sum(d.seconds for d in done),
     }
 
 

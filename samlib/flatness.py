@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -18,8 +17,8 @@ from samlib import curvature, tasks
 from samlib.bench import Bench, bench, score
 from samlib.clip import Clip, Theta
 from samlib.curvature import flat
-from samlib.experiment import command, recipes
-from samlib.finetune import Finetuned, finetune_many
+from samlib.experiment import command, once, recipes
+from samlib.finetune import Finetuned
 from samlib.landscape import losses
 from samlib.merge import average, task_vector
 from samlib.run import Run
@@ -55,19 +54,8 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
 
     Taught in: 07_flatness.
     """
-    todo = recipes(run, arm, seed, length)
-
-    def compute() -> dict[str, Any]:
-        return _measure(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
-
-    decides = {
-        "recipes": [asdict(r) for r in todo],
-        "images": [run.preset.n_hessian, run.preset.n_eval],
-        "settings": [SHARPNESS, TOP, PROBES, SHARES],
-        "code": inspect.getsource(_measure) + inspect.getsource(_of_task),
-    }
-    value: dict[str, Any] = run.cached("flatness", decides, compute)
-    return value
+    settings = [run.preset.n_hessian, SHARPNESS, TOP, PROBES, SHARES, inspect.getsource(_of_task)]
+    return once("flatness", _measure, run, clip, recipes(run, arm, seed, length), settings=settings)
 
 
 def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
@@ -114,16 +102,16 @@ def _of_task(b: Bench, t: int, theta_t: Theta, theta_m: Theta, n: int) -> dict[s
     g = flat(curvature.gradient(b.encoder, theta_t, split, head))
     w = flat(theta_t)
     noise = torch.randn(len(w), generator=torch.Generator().manual_seed(t)).to(w)
+    start = losses(b.encoder, theta_t, [split], [head]).item()
     directions = {}
     for name, d in {"merge": eps, "SAM": g, "ASAM": w.square() * g, "random": noise}.items():
         unit = d / d.norm()
-        steps = [_moved(theta_t, share * eps.norm() * unit) for share in (0.0, *SHARES)]
-        at = [losses(b.encoder, theta, [split], [head]).item() for theta in steps]
+        steps = [_moved(theta_t, share * eps.norm() * unit) for share in SHARES]
         cosine = float(unit @ eps / eps.norm())
         directions[name] = {
             "energy": float((top.to(unit.device).T @ unit).square().sum()),
             "cosine": abs(cosine) if name == "random" else cosine,
-            "rise": [loss - at[0] for loss in at[1:]],
+            "rise": [losses(b.encoder, theta, [split], [head]).item() - start for theta in steps],
         }
     sharp = {
         name: curvature.sharpness(b.encoder, theta_t, split, head, rho, adaptive=name == "ASAM", probes=5)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import cosine_similarity
 
 from samlib.clip import Theta
-from samlib.landscape import outputs
+from samlib.landscape import dot, outputs
 from samlib.merge import task_vector
 from samlib.tasks import Split
 
@@ -106,10 +106,10 @@ def cosine(tau_1: Theta, tau_2: Theta) -> float:
     Source: Ilharco et al. 2023 (cosines between task vectors).
     Taught in: 01_why_merging_interferes.
     """
-    norm = _dot(tau_1, tau_1) ** 0.5 * _dot(tau_2, tau_2) ** 0.5
+    norm = dot(tau_1, tau_1) ** 0.5 * dot(tau_2, tau_2) ** 0.5
     if norm == 0:
         raise ValueError("a zero task vector has no direction")
-    return _dot(tau_1, tau_2) / norm
+    return dot(tau_1, tau_2) / norm
 
 
 def sign_conflict(tau_1: Theta, tau_2: Theta) -> float:
@@ -221,7 +221,3 @@ def cross_task_linearity(
             hook.remove()
     columns = ("distance", "coefficient", "baseline")
     return {name: dict(zip(columns, (total / len(images)).tolist(), strict=True)) for name, total in sums.items()}
-
-
-def _dot(tau_1: Theta, tau_2: Theta) -> float:
-    return sum(float((tau_1[name].double() * tau_2[name].double()).sum()) for name in tau_1)

@@ -76,6 +76,11 @@ def losses_on_line(
     return torch.stack([losses(encoder, theta, splits, heads) for theta in line], 1)
 
 
+def dot(tau_1: Theta, tau_2: Theta) -> float:
+    """The inner product of two sets of weights, name by name, in float64."""
+    return sum(float((tau_1[name].double() * tau_2[name].double()).sum()) for name in tau_1)
+
+
 def above_chord(losses: Tensor, grid: Sequence[float]) -> Tensor:
     """How far a curve lies above the straight line between its ends: L(a) - (1 - a) L(0) - a L(1).
 
@@ -166,10 +171,10 @@ def plane(origin: Theta, theta_a: Theta, theta_b: Theta) -> tuple[Theta, Theta, 
     Taught in: 07_flatness.
     """
     tau_a, tau_b = task_vector(theta_a, origin), task_vector(theta_b, origin)
-    length, reach = _dot(tau_a, tau_a) ** 0.5, _dot(tau_b, tau_b) ** 0.5
-    across = _dot(tau_a, tau_b) / length if length else 0.0
+    length, reach = dot(tau_a, tau_a) ** 0.5, dot(tau_b, tau_b) ** 0.5
+    across = dot(tau_a, tau_b) / length if length else 0.0
     left = {name: w - (across / length) * tau_a[name] for name, w in tau_b.items()} if length else tau_b
-    height = _dot(left, left) ** 0.5
+    height = dot(left, left) ** 0.5
     if not length or height <= 1e-6 * reach:
         raise ValueError("three models on one line span no plane")
     u = {name: w / length for name, w in tau_a.items()}
@@ -206,7 +211,3 @@ def losses_on_plane(
     points = ({name: w + x * u[name] + y * v[name] for name, w in origin.items()} for y in ys for x in xs)
     found = torch.stack([losses(encoder, theta, splits, heads) for theta in points], 1)
     return found.view(len(splits), len(ys), len(xs))
-
-
-def _dot(tau_1: Theta, tau_2: Theta) -> float:
-    return sum(float((tau_1[name].double() * tau_2[name].double()).sum()) for name in tau_1)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -14,10 +12,10 @@ from torch import nn
 from samlib import tasks
 from samlib.bench import bench
 from samlib.clip import Clip
-from samlib.experiment import ARMS, command, recipes
-from samlib.finetune import Finetuned, finetune_many
+from samlib.experiment import ARMS, command, once, recipes
+from samlib.finetune import Finetuned
 from samlib.interference import cosine, cross_task_linearity, sign_conflict
-from samlib.landscape import losses_on_line
+from samlib.landscape import dot, losses_on_line
 from samlib.merge import task_vector
 from samlib.run import Run
 
@@ -31,7 +29,7 @@ def blocks(encoder: nn.Module) -> list[str]:
 
 
 def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
-    """Cross-task linearity, barriers and angles of all pairs of models of one arm and one seed.
+    """Cross-task linearity, losses in between and angles of all pairs of models of one arm and one seed.
 
     Args:
         run: preset, device and cache.
@@ -49,18 +47,7 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
     Taught in: 06_interference.
     """
     todo = recipes(run, arm, seed, length)
-
-    def compute() -> dict[str, Any]:
-        return _measure(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
-
-    decides = {
-        "recipes": [asdict(r) for r in todo],
-        "images": [run.preset.n_hessian, run.preset.n_eval],
-        "grid": GRID,
-        "code": inspect.getsource(_measure),
-    }
-    value: dict[str, Any] = run.cached("pairs", decides, compute)
-    return value
+    return once("pairs", _measure, run, clip, todo, images=run.preset.n_hessian, grid=GRID)
 
 
 def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
@@ -83,7 +70,7 @@ def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
                 for block, values in linear[0].items()
             },
             "losses": line.tolist(),
-            "distance": float(nn.utils.parameters_to_vector(apart.values()).norm()),
+            "distance": dot(apart, apart) ** 0.5,
             "cosine": cosine(taus[s], taus[t]),
             "sign conflict": sign_conflict(taus[s], taus[t]),
         }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
-from torch import nn
 
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
-from samlib.experiment import command, recipes
-from samlib.finetune import Finetuned, finetune_many
+from samlib.experiment import command, once, recipes
+from samlib.finetune import Finetuned
+from samlib.landscape import dot
 from samlib.merge import average, task_arithmetic, task_vector
 from samlib.recipe import Recipe
 from samlib.run import Run
@@ -51,18 +50,7 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
     Taught in: 07_flatness.
     """
     todo = recipes(run, arm, seed, length)
-
-    def compute() -> dict[str, Any]:
-        return _measure(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
-
-    decides = {
-        "recipes": [asdict(r) for r in todo],
-        "lambdas": run.preset.lambdas,
-        "n_eval": run.preset.n_eval,
-        "code": inspect.getsource(_measure),
-    }
-    value: dict[str, Any] = run.cached("regime", decides, compute)
-    return value
+    return once("regime", _measure, run, clip, todo, lambdas=run.preset.lambdas)
 
 
 def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
@@ -73,7 +61,7 @@ def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
     arithmetic, chosen = at_best_lambda(b, task_arithmetic(b.theta_0, thetas, 1.0), run.preset.lambdas, own)
     averaged, averaged_loss = score(b, [average(b.theta_0, thetas)], b.tests)
     merged, merged_loss = score(b, [arithmetic], b.tests)
-    lengths = [float(nn.utils.parameters_to_vector(task_vector(w, b.theta_0).values()).norm()) for w in thetas]
+    vectors = [task_vector(theta, b.theta_0) for theta in thetas]
 
     def by_task(values: Sequence[float]) -> dict[str, float]:
         return dict(zip(b.names, values, strict=True))
@@ -81,7 +69,7 @@ def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
     return {
         "train_loss": by_task([d.train_loss for d in done]),
         "train_accuracy": by_task([d.train_accuracy for d in done]),
-        "tau_norm": by_task(lengths),
+        "tau_norm": by_task([dot(tau, tau) ** 0.5 for tau in vectors]),
         "single": row(b, single, single),
         "averaging": row(b, averaged, single),
         "task arithmetic": row(b, merged, single) | chosen,

@@ -51,10 +51,19 @@ def verdict(a: Sequence[float], b: Sequence[float]) -> str:
 
     Taught in: 05_merging.
     """
-    _, low, high = paired_interval(a, b)
+    return side(*paired_interval(a, b)[1:])
+
+
+def side(low: float, high: float, centre: float = 0.0) -> str:
+    """The words of `verdict` for an interval.
+
+    Args:
+        low, high: of the interval; NaN where there is none.
+        centre: value of no effect, such as 0 for a difference and 1 for a ratio.
+    """
     if math.isnan(low):
         return "not comparable (one seed) with"
-    return "higher than" if low > 0 else "lower than" if high < 0 else "not distinguishable from"
+    return "higher than" if low > centre else "lower than" if high < centre else "not distinguishable from"
 
 
 def claim(low: float, high: float, predicted: int, centre: float = 0.0) -> str:

@@ -53,6 +53,8 @@ def test_measure_agrees_with_its_parts_and_is_kept(run: Run, tiny: Any) -> None:
     assert len(files) == 2
     assert experiment.measure(run, tiny, "AdamW", 0) == found
     assert sorted((run.cache / "finetune").iterdir()) == files
+    other = experiment.measure(run, tiny, "AdamW", 1)  # another recipe is another result
+    assert other["tau_norm"] != found["tau_norm"]
     assert experiment.measure_many(run, tiny, [("AdamW", 0, 1.0)]) == [found]
 
 
