@@ -46,7 +46,7 @@ class Bench:
 def bench(run: Run, clip: Clip) -> Bench:
     """The tasks of the run's preset."""
     p = run.preset
-    loaded = [tasks.load(name) for name in p.tasks]
+    loaded = [tasks.load(name, clip.size) for name in p.tasks]
     return Bench(
         names=p.tasks,
         encoder=clip.encoder,

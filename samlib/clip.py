@@ -1,7 +1,9 @@
-"""The testbed's CLIP: built by open_clip, split into an image encoder that is trained and merged, and a frozen head."""
+"""A CLIP model by open_clip, split into an image encoder that is trained and merged, and a frozen head."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import safetensors
 import safetensors.torch
@@ -23,12 +26,15 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from samlib import hub
 from samlib.cache import unreadable
 from samlib.checkpoint import Theta
 from samlib.tasks import Split, Task
 
 FOLDER = Path(__file__).parent / "testbed" / "model"
 WEIGHTS = FOLDER / "model.safetensors"
+TESTBED = "testbed"  # name of the embedded model
+RANDOM = "random"  # in place of a tag: no pre-trained weights
 ROWS = "token_rows"  # (V,) the ids of the tokens that pre-training touched, beside their embeddings
 
 default_cfgs = generate_default_cfgs({"vit_convstem_32": {"input_size": (3, 32, 32)}})  # timm looks for this name
@@ -58,25 +64,29 @@ def vit_convstem_32(pretrained: bool = False, **kwargs: Any) -> VisionTransforme
 
 
 class Encoder(nn.Module):
-    """Images to unit features: normalisation, open_clip's visual tower, L2 norm.
+    """Images to unit features: enlarged where they are smaller, normalised, open_clip's visual tower, L2 norm.
 
     Args:
-        visual: open_clip's visual tower, (B, 3, H, W) -> (B, d).
+        visual: open_clip's visual tower, (B, 3, size, size) -> (B, d).
         mean, std: per channel, of pixels in [0, 1].
+        size: pixels a side that the tower reads.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float], size: int = 32) -> None:
         super().__init__()
         self.visual = visual
+        self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode pixels, uint8 in [0, 255] or float in [0, 1], (B, 3, H, W) -> unit features (B, d)."""
+        """Encode square pixels, uint8 in [0, 255] or float in [0, 1], (B, 3, H, H) -> unit features (B, d)."""
         pixels = images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
+        if pixels.shape[-1] != self.size:  # bicubic as Pillow does it
+            pixels = nn.functional.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         features = self.visual((pixels - self.mean) / self.std)  # (B, d), bf16 under autocast
         return nn.functional.normalize(features.to(self.mean.dtype), dim=-1)
 
@@ -90,6 +100,8 @@ class Clip:
         model: the whole open_clip model; `encoder` shares its visual tower.
         tokenizer: texts -> token ids (N, context length).
         fingerprint: SHA-256 of the weights and the configuration, part of every cache key.
+        size: pixels a side that the encoder reads.
+        name: as `load` knows it.
 
     Taught in: 03_models_and_tasks.
     """
@@ -98,6 +110,8 @@ class Clip:
     model: open_clip.CLIP
     tokenizer: SimpleTokenizer
     fingerprint: str
+    size: int = 32
+    name: str = TESTBED
 
 
 def build() -> tuple[open_clip.CLIP, Encoder, SimpleTokenizer]:
@@ -108,20 +122,63 @@ def build() -> tuple[open_clip.CLIP, Encoder, SimpleTokenizer]:
     return model, encoder, SimpleTokenizer(context_length=model.context_length)
 
 
-def load(device: str | torch.device = "cpu") -> Clip:
-    """Read the embedded pre-trained model.
+def load(device: str | torch.device = "cpu", model: str = TESTBED) -> Clip:
+    """Read a pre-trained model.
 
     Args:
         device: where the model goes.
+        model: "testbed" for the embedded one, or open_clip's name of an architecture and of its weights with a slash
+            between, such as "ViT-B-32/openai" (open_clip.list_pretrained() knows them); in place of the weights a
+            safetensors file ("ViT-B-32//home/me/clip.safetensors"), or "random" for a dry run.
 
     Returns:
         The model in evaluation mode, fp32.
 
     Raises:
-        ValueError: the weights file is missing, truncated or of another architecture.
+        ValueError: no such model, or the weights file is missing, truncated or of another architecture.
+        ConnectionError: the weights are on the hub, and the hub cannot be reached.
 
     Taught in: 03_models_and_tasks.
     """
+    return _embedded(device) if model == TESTBED else _open_clip(device, model)
+
+
+def check(model: str) -> None:
+    """Refuse the name of a model that open_clip does not know.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    name, _, weights = model.partition("/")
+    if model == TESTBED:
+        return
+    if name not in open_clip.list_models() or not weights:
+        close = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"model must be 'testbed' or such as 'ViT-B-32/openai', not {model!r}{hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights.startswith("/") and not (weights.endswith(".safetensors") and Path(weights).is_file()):
+        raise ValueError(f"the weights {weights} of {name} are no safetensors file")
+    if not weights.startswith("/") and weights not in (*tags, RANDOM):
+        raise ValueError(f"open_clip has no weights {weights!r} for {name}, only {', '.join(tags) or 'none'}")
+
+
+def identity(model: str) -> str:
+    """What changes when the weights behind a model's name do: SHA-256 of the embedded file, size and age of another."""
+    file = WEIGHTS if model == TESTBED else Path(model.partition("/")[2])
+    if model == TESTBED:
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
+    return f"{model} {file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_absolute() else model
+
+
+def image_size(model: str) -> int:
+    """Pixels a side that a model reads, without loading it."""
+    if model == TESTBED:
+        return 32
+    return int(open_clip.get_model_config(model.partition("/")[0])["vision_cfg"]["image_size"])
+
+
+def _embedded(device: str | torch.device) -> Clip:
     if not WEIGHTS.exists():
         raise ValueError(f"the pre-trained weights {WEIGHTS} are missing: reinstall samlib, or train them anew")
     model, encoder, tokenizer = build()
@@ -138,6 +195,33 @@ def load(device: str | torch.device = "cpu") -> Clip:
     digest = hashlib.sha256(WEIGHTS.read_bytes() + (FOLDER / "config.json").read_bytes()).hexdigest()
     model.eval().to(device)
     return Clip(encoder.eval().to(device), model, tokenizer, digest)
+
+
+def _open_clip(device: str | torch.device, model: str) -> Clip:
+    check(model)
+    name, _, weights = model.partition("/")
+    options: dict[str, Any] = {}
+    if weights == RANDOM:
+        digest = hashlib.sha256(f"{model} {torch.__version__}".encode()).hexdigest()
+    else:
+        file = Path(weights) if weights.startswith("/") else hub.weights(name, weights)
+        digest = hashlib.sha256(np.memmap(file)).hexdigest()
+        options["pretrained"] = str(file)
+        if not weights.startswith("/"):  # OpenAI's were trained with another activation than open_clip's default
+            options["force_quick_gelu"] = open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        try:
+            made = open_clip.create_model(name, **options)
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{options.get('pretrained')} does not hold the weights of {name}: {error}") from error
+    pixels = made.visual.preprocess_cfg
+    if not weights.startswith("/") and weights != RANDOM:
+        pixels = pixels | open_clip.get_pretrained_cfg(name, weights)
+    size = image_size(model)
+    encoder = Encoder(made.visual, pixels["mean"], pixels["std"], size)
+    made.eval().to(device)
+    return Clip(encoder.eval().to(device), made, open_clip.get_tokenizer(name), digest, size, model)
 
 
 @torch.no_grad()
@@ -198,3 +282,19 @@ def accuracy(encoder: nn.Module, theta: Theta, split: Split, head: Tensor) -> fl
     """
     predicted = logits(encoder, theta, split.images, head).argmax(1)
     return (predicted == split.labels.to(predicted.device)).double().mean().item()
+
+
+def main() -> None:
+    """Fetch a model from the hub: `python -m samlib.clip ViT-B-32/openai`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("model", help="open_clip's name of an architecture and of its weights, with a slash between")
+    try:
+        found = load(model=parser.parse_args().model)
+    except (ValueError, ConnectionError) as error:
+        parser.error(str(error))
+    parameters = sum(p.numel() for p in found.encoder.parameters())
+    print(f"{found.name}: {parameters / 1e6:.1f} million parameters in the image encoder, reads {found.size} pixels")
+
+
+if __name__ == "__main__":
+    main()

@@ -65,6 +65,8 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
             label_noise=p.label_noise,
             seed=seed,
             precision=p.precision,
+            micro_batch=p.micro_batch,
+            shared_climb=p.micro_batch is not None,  # then the size of the micro-batches does not change the result
         )
         for task in names
     ]
@@ -114,7 +116,8 @@ def once(
         todo: what to fine-tune.
         decides: JSON-able; with the recipes, the preset's n_eval and the code of `compute` it must decide the value.
     """
-    decides |= {"recipes": [asdict(r) for r in todo], "n_eval": run.preset.n_eval, "code": inspect.getsource(compute)}
+    decides |= {"recipes": [asdict(r) for r in todo], "clip": clip.fingerprint}
+    decides |= {"n_eval": run.preset.n_eval, "code": inspect.getsource(compute)}
     value: dict[str, Any] = run.cached(
         name, decides, lambda: compute(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
     )
@@ -310,7 +313,7 @@ def command(
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
     a = parser.parse_args()
     run = begin(name, preset=a.preset)
-    clip = clip_module.load(run.device)
+    clip = clip_module.load(run.device, run.preset.model)
     for seed in a.seeds or run.preset.seeds:
         for within, wanted in plan(run, seed):
             publish_runs(within, clip, measure, wanted)
@@ -323,7 +326,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=float, nargs="+", help="multiples of the preset's steps, in this order")
     a = parser.parse_args()
     run = begin("experiment", preset=a.preset)
-    clip = clip_module.load(run.device)
+    clip = clip_module.load(run.device, run.preset.model)
     for length in a.lengths or run.preset.lengths:
         for seed in run.preset.seeds:
             publish_runs(run, clip, measure, [(arm, seed, length) for arm in ARMS])

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from samlib import batches, checkpoint, sam, tasks
+from samlib import batches, checkpoint, provenance, sam, tasks
 from samlib import cache as store
 from samlib import clip as clip_module
 from samlib.batches import augment, batch_indices, lr_at
@@ -36,6 +36,7 @@ COLUMNS = ("loss", "loss_perturbed", "grad_norm")  # of the log, measured at eve
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTS = ("seconds", "train_loss", "train_accuracy", "skipped")  # of a result, beside weights and log
 CHECKPOINT_SECONDS = 60.0
+RESIDENT = 2**30  # bytes of training images that are kept on the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device, show: 
             done = _train(recipe, clip, device, partial_file, show)
         if _rank() == 0:
             with store.replacing(folder) as scratch:
-                _write(done, scratch)
+                _write(done, clip, scratch)
             partial_file.unlink(missing_ok=True)
         _wait()
     return recipe
@@ -170,7 +171,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
     tensors = {"history": history, **best}
     tensors |= {f"theta/{name}": p for name, p in encoder.named_parameters()}
     tensors |= {f"average/{name}": p for name, p in averaged.module.named_parameters()} if averaged else {}
-    owner = f"{recipe} from {clip.fingerprint[:12]}"
+    owner = f"{_same(recipe)} from {clip.fingerprint[:12]}"
     start, seconds = 0, 0.0
     looks: list[dict[str, float]] = []
     if partial_file.exists():
@@ -204,9 +205,10 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
         for group in optimizer.base.param_groups:
             group["lr"] = lr_at(step, recipe.steps, recipe.lr, recipe.warmup)
         one, turn = sources[step % len(sources)], step // len(sources)  # several tasks take turns
-        index = batch_indices(len(one.train), recipe.batch_size, recipe.seed, turn).to(device)
-        batch = augment(one.train.images[index], batches.generator("augment", recipe.seed, step))
-        x, y = (whole.chunk(_processes())[_rank()] for whole in (batch, one.train.labels[index]))  # this process's part
+        index = batch_indices(len(one.train), recipe.batch_size, recipe.seed, turn).to(one.train.images.device)
+        whole = one.train.images[index].to(device), one.train.labels[index].to(device)
+        batch = augment(whole[0], batches.generator("augment", recipe.seed, step), clip.size)
+        x, y = (part.chunk(_processes())[_rank()] for part in (batch, whole[1]))  # this process's part
         size = recipe.micro_batch or len(y)
         parts = zip(x.split(size), y.split(size), strict=True)
         calls = (partial(loss_on, one.head, *part, len(part[1]) / len(y)) for part in parts)
@@ -251,11 +253,14 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
 
 
 def _source(name: str, recipe: Recipe, clip: Clip, device: torch.device) -> _Source:
-    task = tasks.load(name)
+    task = tasks.load(name, clip.size)
     train = tasks.subset(task.train, recipe.n_train)
     noise = batches.generator("labels", recipe.seed)
     labels = batches.mislabel(train.labels, len(task.classes), recipe.label_noise, noise)
-    train = tasks.Split(train.images.to(device), labels.to(device))
+    if train.images.nbytes < RESIDENT:  # larger ones stay on the disk, and come a batch at a time
+        train = tasks.Split(train.images.to(device), labels.to(device))
+    else:
+        train = tasks.Split(train.images, labels)
     return _Source(train, task.validation, clip_module.zero_shot_head(clip, task).to(device))
 
 
@@ -339,22 +344,29 @@ def _alone(device: torch.device) -> Iterator[None]:
 def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Path:
     key = store.key(
         {
-            "recipe": asdict(recipe),
-            "task": [tasks.fingerprint(name) for name in recipe.tasks],
+            "recipe": asdict(_same(recipe)),
+            "task": [tasks.fingerprint(name, clip.size) for name in recipe.tasks],
             "clip": clip.fingerprint,
             "device": device.type,
             "processes": _processes(),
-            "code": store.code("batches", "clip", "finetune", "recipe", "sam", "tasks"),
+            "code": store.code("batches", "clip", "finetune", "images", "recipe", "sam", "tasks"),
         }
     )
     return cache / "finetune" / key
 
 
-def _write(done: Finetuned, folder: Path) -> None:
+def _same(recipe: Recipe) -> Recipe:
+    """The recipe without what does not change its mathematics, so that a run may go on on a smaller device."""
+    return replace(recipe, micro_batch=None) if recipe.shared_climb else recipe
+
+
+def _write(done: Finetuned, clip: Clip, folder: Path) -> None:
     folder.mkdir()
-    save_file(done.theta, folder / "theta.safetensors")
+    recipe = json.dumps(asdict(done.recipe))
+    header = {"model": clip.name, "task": done.recipe.task, "recipe": recipe, **provenance.software()}
+    save_file(done.theta, folder / "theta.safetensors", header)
     if done.best:
-        save_file(done.best, folder / "best.safetensors")
+        save_file(done.best, folder / "best.safetensors", header)
     done.log.to_parquet(folder / "log.parquet")
     facts = {name: getattr(done, name) for name in FACTS}
     store.write_json(folder / "recipe.json", {"recipe": asdict(done.recipe), **facts})

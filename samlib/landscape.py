@@ -33,8 +33,10 @@ def outputs(
         ValueError: as many heads as splits are needed.
     """
     encoder.eval()
-    images = torch.cat([split.images for split in splits])
-    parts = (part.to(heads[0].device) for part in images.split(batch_size))
+    images = [split.images for split in splits]
+    if len({x.shape[1:] for x in images}) == 1:  # else they fit into no common batch
+        images = [torch.cat(images)]
+    parts = (part.to(heads[0].device) for x in images for part in x.split(batch_size))
     features = torch.cat([functional_call(encoder, theta, (part,)) for part in parts])  # (sum of N_t, d)
     each = features.split([len(split) for split in splits])
     return [z @ head.T for z, head in zip(each, heads, strict=True)]

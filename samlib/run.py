@@ -18,7 +18,7 @@ import scipy.stats
 import torch
 
 from samlib import cache as store
-from samlib import provenance, tasks
+from samlib import clip, provenance, tasks
 from samlib.presets import PARAMETERS, PRESETS, Preset, check
 
 MODULES = (  # whose code decides a cached value
@@ -27,6 +27,7 @@ MODULES = (  # whose code decides a cached value
     "clip",
     "curvature",
     "finetune",
+    "images",
     "interference",
     "landscape",
     "merge",
@@ -76,11 +77,11 @@ class Run:
         Raises:
             ValueError: the stored file is damaged, or a number is not finite.
         """
-        model = tasks.FOLDER / "model" / "model.safetensors"
+        size = clip.image_size(self.preset.model)
         decides = {
             "params": params,
-            "tasks": {task: tasks.fingerprint(task) for task in self.preset.tasks},
-            "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else None,
+            "tasks": {task: tasks.fingerprint(task, size) for task in self.preset.tasks},
+            "model": clip.identity(self.preset.model),
             "code": store.code(*MODULES),
             "fn": inspect.getsource(fn),
         }
@@ -144,17 +145,11 @@ def begin(notebook: str, **parameters: Any) -> Run:
 
     Raises:
         ValueError: an unknown name, a value of the wrong type or out of range, or a device that is absent.
-        RuntimeError: the preset is not runnable.
 
     Taught in: every notebook, first code cell.
     """
     check(notebook, parameters)
     preset = PRESETS[parameters.get("preset", "smoke")]
-    if preset.name == "paper":
-        raise RuntimeError(
-            "preset 'paper' needs the hub datasets and is defined but not runnable yet; "
-            "choose smoke, laptop or published"
-        )
     seed = parameters.get("seed", 0)
     fields = {f.name for f in dataclasses.fields(Preset)} - {"name"}
     overrides = {k: v for k, v in parameters.items() if k in fields and v is not None and v != "all"}
@@ -163,7 +158,8 @@ def begin(notebook: str, **parameters: Any) -> Run:
     preset = dataclasses.replace(preset, **overrides, seeds=tuple(seed + s for s in preset.seeds))
     device = _device(parameters.get("device", "auto"))
     if preset.precision == "auto":
-        preset = dataclasses.replace(preset, precision="bf16" if _fast_bf16(device) else "fp32")
+        half = "fp16" if device.startswith("cuda") else "fp32"  # fp16 on the CPU is slower than fp32
+        preset = dataclasses.replace(preset, precision="bf16" if _fast_bf16(device) else half)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (the global generator, for libraries that use it)
     torch.manual_seed(seed)

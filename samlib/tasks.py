@@ -1,26 +1,31 @@
-"""Image classification tasks as uint8 tensors: the embedded ones and the reader's own."""
+"""Image classification tasks as uint8 tensors: the embedded ones, those of the hub, and the reader's own."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.parquet
 import torch
 from datasets.table import InMemoryTable
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from samlib import cache as store
+from samlib import hub, images
+from samlib.hub_table import HUB
 from samlib.task_table import TASK_TABLE
 
 FOLDER = Path(__file__).parent / "testbed"
 CORPUS = ("corpus", "corpus_patches")  # folders of captioned images
-SIZE = 32  # pixels a side
+SIZE = 32  # pixels a side, of the testbed's model
 TESTBED: tuple[str, ...] = tuple(TASK_TABLE)
 SPLITS = ("train", "validation", "test")
 
@@ -30,7 +35,7 @@ class Split:
     """Images and their labels.
 
     Args:
-        images: uint8 (N, 3, 32, 32).
+        images: uint8 (N, 3, side, side), on the CPU; those of larger tasks lie on the disk, mapped into memory.
         labels: int64 (N,), indices into the task's classes.
     """
 
@@ -46,11 +51,12 @@ class Task:
     """A classification task with zero-shot prompts.
 
     Args:
-        name: its folder's name.
+        name: as `load` knows it.
         classes: class names in label order, (K,).
         phrases: what the prompts call each class, (K,).
         templates: prompts with one {}.
         train, validation, test: disjoint splits.
+        revision: commit of the hub's dataset, None for tasks from elsewhere.
 
     Taught in: 03_models_and_tasks.
     """
@@ -62,42 +68,89 @@ class Task:
     train: Split
     validation: Split
     test: Split
+    revision: str | None = None
 
 
 def known() -> tuple[str, ...]:
-    """Names that `load` accepts: the embedded tasks, then the folders in the folder SAMLIB_DATA.
+    """Names that `load` accepts: the embedded tasks, the folders in the folder SAMLIB_DATA, the tasks of the hub.
 
     Raises:
-        ValueError: a folder of the reader's has the name of an embedded task, or a + in its name.
+        ValueError: SAMLIB_DATA is no folder, or a folder in it has the name of an embedded task, or a + in its name.
     """
     data = os.environ.get("SAMLIB_DATA")
-    own = sorted(path.name for path in Path(data).iterdir() if _file(path, "train").exists()) if data else []
+    if data and not Path(data).is_dir():
+        raise ValueError(f"SAMLIB_DATA must name a folder with one folder a task, and {data} is none")
+    own = sorted(path.name for path in Path(data).iterdir() if _files(path, "train")) if data else []
     for name in own:
         if name in TESTBED:
             raise ValueError(f"{name!r} in SAMLIB_DATA has the name of an embedded task: rename it")
         if "+" in name:
             raise ValueError(f"{name!r} in SAMLIB_DATA has a + in its name, which joins tasks: rename it")
-    return (*TESTBED, *own)
+    return tuple(dict.fromkeys((*TESTBED, *own, *HUB)))
 
 
-def load(name: str) -> Task:
+def load(name: str, size: int = SIZE) -> Task:
     """Read a task.
 
+    A task of the reader's own is a folder <SAMLIB_DATA>/<name>/ with train/<class>/*.jpg and test/<class>/*.jpg (any
+    format that Pillow reads), or with train-*.parquet and test-*.parquet (columns `image` and `label`). It may have a
+    validation split, too; without one, a tenth of train, at most 5000, is set aside. A file task.json may hold
+    "templates", a list of prompts with one {} each, and "phrases", from a class to what the prompts call it. With the
+    name of a task of the hub, it takes its place.
+
     Args:
-        name: one of `known()`. A task of the reader's own is a folder <SAMLIB_DATA>/<name>/ with
-            train-00000-of-00001.parquet and test-00000-of-00001.parquet (columns `image` and `label`,
-            a ClassLabel). Without a validation file, a tenth of train, at most 5000, is set aside.
+        name: one of `known()`.
+        size: what the model reads, pixels a side. For the testbed's 32, smaller images get a black border; else images
+            are stored at most `size` large, and the model enlarges smaller ones.
 
     Returns:
-        The task; images smaller than 32 pixels have a black border, larger ones are scaled and cropped.
+        The task, images decoded and resized once and kept in the cache; embedded tasks are read into memory.
 
     Raises:
         KeyError: no such task; the message lists the known ones.
         ValueError: a file is not in this layout.
+        ConnectionError: the task is the hub's, and the hub cannot be reached.
 
     Taught in: 03_models_and_tasks.
     """
-    return _load(_folder(name))
+    folder = _folder(name)
+    if name in TESTBED and size == SIZE:
+        return _embedded(folder)
+    stored = _stored(name, folder, size, store.folder() / "images")
+    facts = store.read_json(stored / "facts.json")
+    templates, phrases = _prompts(name, folder)
+    classes = tuple(facts["classes"])
+    return Task(
+        name=name,
+        classes=classes,
+        phrases=tuple(phrases.get(c, c.replace("_", " ")) for c in classes),
+        templates=templates,
+        revision=facts["revision"],
+        **{split: Split(*images.read(stored, split)) for split in SPLITS},
+    )
+
+
+def corrupted(name: str, kind: str, size: int = SIZE) -> Split:
+    """Test images of a task with one kind of damage, for measures of robustness.
+
+    Args:
+        name: a task with such splits: on the hub Cars, RESISC45 and GTSRB; or the reader's own, in <kind>-*.parquet.
+        kind: such as "motion_blur"; see `hub_table.CORRUPTIONS`.
+        size: as for `load`.
+
+    Raises:
+        KeyError: no such task.
+        ValueError: the task has no such split.
+        ConnectionError: as `load`.
+
+    Taught in: 03_models_and_tasks.
+    """
+    folder = _folder(name)
+    has = sorted({path.name.split("-")[0] for path in folder.glob("*-*.parquet")}) if folder else HUB[name].corruptions
+    kinds = [one for one in has if one not in SPLITS]
+    if kind not in kinds:
+        raise ValueError(f"{name} has no test images with {kind!r}, only {', '.join(kinds) or 'clean ones'}")
+    return Split(*images.read(_stored(name, folder, size, store.folder() / "images", kind), kind))
 
 
 def subset(split: Split, n: int | None) -> Split:
@@ -116,13 +169,18 @@ def subset(split: Split, n: int | None) -> Split:
     return Split(split.images[index], split.labels[index])
 
 
-def fingerprint(name: str) -> str:
-    """SHA-256 over the task's files and prompts, part of every cache key.
+def fingerprint(name: str, size: int = SIZE) -> str:
+    """SHA-256 over the task's images, labels and prompts, part of every cache key.
 
     Raises:
-        KeyError: no such task.
+        As `load`.
     """
-    return _fingerprint(_folder(name))
+    folder = _folder(name)
+    if folder and name in TESTBED and size == SIZE:
+        return _fingerprint(folder)
+    facts = store.read_json(_stored(name, folder, size, store.folder() / "images") / "facts.json")
+    decides = [facts["sha256"], facts["classes"], *_prompts(name, folder)]
+    return hashlib.sha256(repr(decides).encode()).hexdigest()
 
 
 def corpus() -> tuple[Tensor, list[str]]:
@@ -134,7 +192,7 @@ def corpus() -> tuple[Tensor, list[str]]:
     Taught in: 03_models_and_tasks.
     """
     tables = [_table(_file(FOLDER / folder, "train")) for folder in CORPUS]
-    return torch.cat([_images(table) for table in tables]), [c for table in tables for c in table["caption"]]
+    return torch.cat([_pixels(table) for table in tables]), [c for table in tables for c in table["caption"]]
 
 
 def corpus_fingerprint() -> str:
@@ -143,39 +201,106 @@ def corpus_fingerprint() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str) -> Path | None:
+    """The task's folder here, None if it has to come from the hub."""
     if name not in known():
         raise KeyError(f"unknown task {name!r}: known are {', '.join(known())}")
-    return (FOLDER if name in TESTBED else Path(os.environ["SAMLIB_DATA"])) / name
+    if name in TESTBED:
+        return FOLDER / name
+    own = Path(os.environ["SAMLIB_DATA"]) / name if "SAMLIB_DATA" in os.environ else None
+    return own if own and _files(own, "train") else None
 
 
 def _file(folder: Path, split: str) -> Path:
     return folder / f"{split}-00000-of-00001.parquet"
 
 
+def _files(folder: Path, split: str) -> list[Path]:
+    """The parquet files of a split, or else its images in one folder a class."""
+    return sorted(folder.glob(f"{split}-*.parquet")) or sorted(p for p in folder.glob(f"{split}/*/*") if p.is_file())
+
+
 @lru_cache(maxsize=16)
-def _load(folder: Path) -> Task:
+def _embedded(folder: Path) -> Task:
     tables = {split: _table(_file(folder, split)) for split in SPLITS if _file(folder, split).exists()}
-    for split in ("train", "test"):
-        if split not in tables:
-            raise ValueError(f"task {folder.name!r} has no file {_file(folder, split)}")
-    label = tables["train"].features.get("label")
-    if not isinstance(label, datasets.ClassLabel):
-        raise ValueError(f"the column 'label' of {_file(folder, 'train')} must be a ClassLabel")
-    splits = {split: Split(_images(table), torch.tensor(table["label"])) for split, table in tables.items()}
-    if "validation" not in splits:
-        splits["train"], splits["validation"] = _set_aside(splits["train"])
-    info = TASK_TABLE.get(folder.name)
-    classes = tuple(label.names)
+    classes, tables = _checked(folder.name, tables)
+    info = TASK_TABLE[folder.name]
     return Task(
         name=folder.name,
         classes=classes,
-        phrases=tuple(info.prompts.get(c, c) if info else c.replace("_", " ") for c in classes),
-        templates=info.templates if info else ("a photo of a {}.",),
-        train=splits["train"],
-        validation=splits["validation"],
-        test=splits["test"],
+        phrases=tuple(info.prompts.get(c, c) for c in classes),
+        templates=info.templates,
+        **{split: Split(_pixels(table), torch.tensor(table["label"])) for split, table in tables.items()},
     )
+
+
+@lru_cache(maxsize=64)
+def _stored(name: str, folder: Path | None, size: int, cache: Path, kind: str | None = None) -> Path:
+    """The folder of the task's decoded images, filled if it is not there."""
+    decides: dict[str, Any] = {"size": size, "kind": kind, "code": store.code("images"), "hub": repr(HUB.get(name))}
+    if folder:
+        files = [path for split in ((kind,) if kind else SPLITS) for path in _files(folder, split)]
+        decides["hub"] = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    stored = cache / f"{name}-{size}-{store.key(decides)}"
+    if not stored.is_dir():
+        tables, revision = (_local(folder, (kind,) if kind else SPLITS), None) if folder else hub.dataset(name)
+        if kind:
+            classes, tables = (), {kind: tables[kind]}
+        else:
+            classes, tables = _checked(name, tables)
+        images.write(stored, tables, size, size == SIZE, {"classes": classes, "revision": revision})
+    return stored
+
+
+def _local(folder: Path, splits: tuple[str, ...]) -> dict[str, datasets.Dataset]:
+    """The splits of a task of the reader's own, from parquet files or folders of images."""
+    files = {split: [str(path) for path in _files(folder, split)] for split in splits}
+    files = {split: paths for split, paths in files.items() if paths}
+    parquet = all(path.endswith(".parquet") for paths in files.values() for path in paths)
+    for path in [path for paths in files.values() for path in paths if parquet]:
+        _readable(pyarrow.parquet.read_schema, Path(path))
+    scratch = str(store.folder() / "datasets")
+    if parquet:
+        return dict(datasets.load_dataset("parquet", data_files=files, cache_dir=scratch))
+    return dict(datasets.load_dataset("imagefolder", data_files=files, cache_dir=scratch, drop_labels=False))
+
+
+def _checked(name: str, tables: Mapping[str, datasets.Dataset]) -> tuple[tuple[str, ...], dict[str, datasets.Dataset]]:
+    """The class names, and the tables of the three splits, validation set aside where there is none."""
+    for split in ("train", "test"):
+        if split not in tables:
+            raise ValueError(f"task {name!r} has no {split} split: no file {split}-*.parquet and no folder {split}/")
+        for column in {"image", "label"} - set(tables[split].features):
+            raise ValueError(f"the {split} split of {name!r} has no column {column!r}")
+    found = {split: tables[split] for split in SPLITS if split in tables}
+    label = found["train"].features["label"]
+    if not isinstance(label, datasets.ClassLabel) and label.dtype == "string":
+        label = datasets.ClassLabel(names=sorted(set(found["train"]["label"])))
+        found = {split: table.cast_column("label", label) for split, table in found.items()}
+    if not isinstance(label, datasets.ClassLabel):
+        raise ValueError(f"the column 'label' of {name!r} must be a ClassLabel or text, not {label}")
+    for split, table in found.items():
+        if table.features["label"] != label:
+            raise ValueError(f"the {split} split of {name!r} has other classes than the train split")
+    if "validation" not in found:
+        kept, held = _set_aside(len(found["train"]))
+        found |= {"train": found["train"].select(kept), "validation": found["train"].select(held)}
+    return tuple(label.names), {split: found[split] for split in SPLITS}
+
+
+def _prompts(name: str, folder: Path | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Templates, and phrases of classes that are not called by their name."""
+    if name in TESTBED:
+        return TASK_TABLE[name].templates, TASK_TABLE[name].prompts
+    usual = HUB[name].templates if name in HUB else ("a photo of a {}.",)
+    file = folder / "task.json" if folder else None
+    if file is None or not file.exists():
+        return usual, {}
+    info = store.read_json(file)
+    templates = info.get("templates", usual)
+    if not set(info) <= {"templates", "phrases"} or not templates or any(t.count("{}") != 1 for t in templates):
+        raise ValueError(f'{file} may hold "templates", a list of prompts with one {{}} each, and "phrases", by class')
+    return tuple(templates), info.get("phrases", {})
 
 
 @lru_cache(maxsize=16)
@@ -189,31 +314,49 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _set_aside(train: Split) -> tuple[Split, Split]:
-    """A tenth of train, at most 5000, by a fixed seed: (train without it, validation)."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    n = min(len(train) // 10, 5000)
-    held, kept = order[:n], order[n:].sort().values
-    return Split(train.images[kept], train.labels[kept]), Split(train.images[held], train.labels[held])
+def _set_aside(n: int) -> tuple[list[int], list[int]]:
+    """A tenth of n examples, at most 5000, by a fixed seed: (indices of the others, of these)."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    held = min(n // 10, 5000)
+    return order[held:].sort().values.tolist(), order[:held].tolist()
 
 
 def _table(path: Path) -> datasets.Dataset:
     """A parquet file in the layout of the Hugging Face hub, read into memory."""
+    return datasets.Dataset(InMemoryTable(_readable(pyarrow.parquet.read_table, path)))
+
+
+def _readable(read: Any, path: Path) -> Any:
     try:
-        return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
+        return read(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"cannot read {path}: it is truncated or no parquet file") from error
 
 
-def _images(table: datasets.Dataset) -> Tensor:
-    return torch.from_numpy(np.stack([_pixels(image) for image in table["image"]]))  # (N, 3, 32, 32)
+def _pixels(table: datasets.Dataset) -> Tensor:
+    """uint8 (N, 3, 32, 32)."""
+    return torch.from_numpy(np.stack([images.square(image, SIZE, border=True) for image in table["image"]]))
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """RGB pixels, uint8 (3, 32, 32)."""
-    image = image.convert("RGB")
-    if max(image.size) > SIZE:
-        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (SIZE, SIZE))
-    canvas.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
-    return np.asarray(canvas).transpose(2, 0, 1)
+def main() -> None:
+    """Read tasks into the cache and report what they hold: `python -m samlib.tasks mnist dtd --size 224`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="+", help=f"such as {', '.join(known())}")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side that the model reads")
+    a = parser.parse_args()
+    for name in a.names:
+        try:
+            task = load(name, a.size)
+        except (KeyError, ValueError, ConnectionError) as error:
+            parser.error(str(error))
+        exact, near = images.overlap(task.train.images, task.test.images)
+        side, revision = task.train.images.shape[-1], f", revision {task.revision}" if task.revision else ""
+        print(
+            f"{name}: {len(task.classes)} classes, {len(task.train)} + {len(task.validation)} training and validation, "
+            f"{len(task.test)} test images of {side} x {side} pixels{revision}; "
+            f"of the test images {exact} are in the training images, {near} nearly"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -55,8 +55,6 @@ def accuracy_curve(
         )
     encoder.eval()
     device = heads[0].device
-    images = [split.images.to(device) for split in splits]
-    labels = [split.labels.to(device) for split in splits]
     start = {name: w.to(device) for name, w in theta_0.items()}
     direction = {name: theta_1[name].to(device) - w for name, w in start.items()}
     model = {name: torch.empty_like(w) for name, w in start.items()}
@@ -64,9 +62,10 @@ def accuracy_curve(
     for i, lam in enumerate(grid):
         for name, w in start.items():
             torch.add(w, direction[name], alpha=lam, out=model[name])
-        for t, (x, y, head) in enumerate(zip(images, labels, heads, strict=True)):
-            outputs = [functional_call(encoder, model, (part,)) @ head.T for part in x.split(BATCH)]
-            curve[i, t] = (torch.cat(outputs).argmax(1) == y).double().mean()
+        for t, (split, head) in enumerate(zip(splits, heads, strict=True)):
+            parts = (part.to(device) for part in split.images.split(BATCH))
+            predicted = torch.cat([(functional_call(encoder, model, (part,)) @ head.T).argmax(1) for part in parts])
+            curve[i, t] = (predicted.cpu() == split.labels.cpu()).double().mean()
     return curve
 
 

@@ -87,7 +87,7 @@ def fisher_information(
 
     gradients = vmap(grad(log_likelihood), (None, 0, 0))
     total = {name: torch.zeros_like(w) for name, w in theta.items()}
-    for part in images.to(head.device).split(chunk):
+    for part in (chunk.to(head.device) for chunk in images.split(chunk)):
         with torch.no_grad():
             probabilities = (functional_call(encoder, theta, (part,)) @ head.T).softmax(1)
         labels = torch.multinomial(probabilities.cpu(), 1, generator=draw)[:, 0].to(head.device)

@@ -1,0 +1,250 @@
+"""What a run will need: memory, computed from the architecture, and hours, from a few steps timed on the device."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import open_clip
+import pandas as pd
+import psutil
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from samlib import clip as clip_module
+from samlib import sam
+from samlib.clip import Clip
+from samlib.recipe import Recipe
+
+FLOAT = 4  # bytes: weights, gradients and moments are fp32 whatever the precision of the forward pass
+SHARE = 0.85  # of the free memory that a run may take
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Size:
+    """An architecture in numbers.
+
+    Args:
+        encoder: parameters of the image encoder.
+        whole: parameters of the whole model, with the text encoder.
+        activations: bytes that one image's forward pass keeps for the backward pass, in fp32.
+        flops: floating-point operations of one image's forward pass.
+        pixels: numbers in one image as the encoder reads it.
+    """
+
+    encoder: int
+    whole: int
+    activations: int
+    flops: int
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds on a device, for one batch of one model.
+
+    Args:
+        images: in the batch that was timed.
+        gradient: forward and backward pass of those images.
+        update: what one step of AdamW takes beside its gradient.
+        climb: what one step of SAM takes beside its two gradients.
+        adaptive: the same of ASAM.
+    """
+
+    images: int
+    gradient: float
+    update: float
+    climb: float
+    adaptive: float
+
+
+@lru_cache
+def size(model: str) -> Size:
+    """Count parameters, activations and operations on the meta device, where nothing is calculated or stored.
+
+    Args:
+        model: as `clip.load` knows it.
+
+    Raises:
+        ValueError: no such model.
+
+    Taught in: 04_fine_tuning.
+    """
+    clip_module.check(model)
+    side = clip_module.image_size(model)
+    with torch.device("meta"):
+        if model == clip_module.TESTBED:
+            whole = clip_module.build()[0]
+        else:
+            whole = open_clip.create_model(model.partition("/")[0], device="meta")
+    visual = whole.visual.train()
+    own = {p.untyped_storage()._cdata for p in visual.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # by storage; the tensors, too, or a later one could have the same address
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage()._cdata not in own:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    n = 8  # images, so that what a batch keeps once hardly counts
+    pixels = torch.empty(n, 3, side, side, device="meta")
+    with saved_tensors_hooks(keep, lambda x: x), FlopCounterMode(display=False) as counter:
+        visual(pixels)
+    return Size(
+        encoder=sum(p.numel() for p in visual.parameters()),
+        whole=sum(p.numel() for p in whole.parameters()),
+        activations=sum(x.untyped_storage().nbytes() for x in kept.values()) // n,
+        flops=counter.get_total_flops() // n,
+        pixels=3 * side * side,
+    )
+
+
+def memory(model: str, recipe: Recipe) -> dict[str, int]:
+    """Bytes on the device while a recipe is trained, item by item; their sum is the peak.
+
+    Args:
+        model: as `clip.load` knows it.
+        recipe: its micro-batch, optimiser, precision and averages count.
+
+    Raises:
+        ValueError: no such model.
+
+    Taught in: 04_fine_tuning.
+    """
+    s = size(model)
+    images = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
+    copies = (recipe.rho > 0) + (recipe.average != "none") + bool(recipe.validate_every)
+    half = recipe.precision != "fp32"
+    return {
+        "the pre-trained model": FLOAT * s.whole,
+        "weights": FLOAT * s.encoder + (FLOAT * s.encoder // 2 if half else 0),
+        "gradient": FLOAT * s.encoder,
+        "two moments of AdamW": 2 * FLOAT * s.encoder,
+        "weights to come back to": copies * FLOAT * s.encoder,
+        "the batch": 2 * recipe.batch_size * FLOAT * s.pixels,
+        "activations": images * s.activations // (2 if half else 1),
+    }
+
+
+def micro_batch(model: str, batch_size: int, device: str | torch.device, precision: str = "fp32") -> int:
+    """The most images that fit into the free memory with SAM, a batch halved as often as needed.
+
+    Args:
+        model: as `clip.load` knows it.
+        batch_size: images a step.
+        device: "cpu" or "cuda".
+        precision: of the forward pass.
+
+    Raises:
+        MemoryError: not even one image fits.
+
+    Taught in: 04_fine_tuning.
+    """
+    free, images = SHARE * free_memory(device), batch_size
+    while True:
+        recipe = Recipe("", "sam", 1, rho=1.0, batch_size=batch_size, micro_batch=images, precision=precision)
+        needed = sum(memory(model, recipe).values())
+        if needed <= free:
+            return images
+        if images == 1:
+            raise MemoryError(f"{model} needs {needed / 1e9:.1f} GB to be trained, {free / 1e9:.1f} GB are free")
+        images = -(-images // 2)
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that a new process could still have on a device."""
+    device = torch.device(device)
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "fp32", rounds: int = 3) -> Pace:
+    """Time the steps of AdamW, SAM and ASAM on noise, as `finetune` takes them.
+
+    Args:
+        clip: the model; it is not changed.
+        device: where it is.
+        images: in one micro-batch.
+        precision: of the forward pass.
+        rounds: steps of which the fastest counts, after one that does not.
+
+    Taught in: 04_fine_tuning.
+    """
+    device = torch.device(device)
+    x = torch.rand(images, 3, clip.size, clip.size, device=device)
+
+    def best(step: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds[1:])
+
+    def trainer(rho: float, adaptive: bool = False) -> tuple[sam.SAM, Callable[[], torch.Tensor]]:
+        encoder = copy.deepcopy(clip.encoder).train().requires_grad_(True)
+        base = torch.optim.AdamW(encoder.parameters(), 0.0, fused=True)
+
+        def gradient() -> torch.Tensor:
+            with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+                loss = encoder(x).float().square().sum()
+            loss.backward()
+            return loss
+
+        return sam.SAM(base, rho, adaptive, clip_norm=1.0), gradient
+
+    optimizer, gradient = trainer(0.0)
+    adamw = best(lambda: optimizer.step(gradient))
+    alone = best(gradient)
+    steps = []
+    for adaptive in (False, True):
+        optimizer, gradient = trainer(1e-3, adaptive)
+        steps.append(best(lambda: optimizer.step(gradient)))
+    return Pace(images, alone, max(0, adamw - alone), max(0, steps[0] - 2 * alone), max(0, steps[1] - 2 * alone))
+
+
+def seconds(pace: Pace, recipe: Recipe) -> float:
+    """Of the training of a recipe, without its looks at the data.
+
+    Args:
+        pace: of the model and the device.
+        recipe: what to train.
+    """
+    share = recipe.batch_size / pace.images
+    beside = {"adamw": pace.update, "asam": pace.adaptive}.get(recipe.optimizer, pace.climb)
+    return recipe.gradients * share * pace.gradient + recipe.steps * beside
+
+
+def table(clip: Clip, device: str | torch.device, arms: dict[str, Sequence[Recipe]]) -> pd.DataFrame:
+    """What each arm will take: models to train, gradients, hours and the peak of memory on the device.
+
+    Args:
+        clip: the pre-trained model.
+        device: where it will be trained.
+        arms: name -> recipes.
+
+    Returns:
+        One row an arm; hours are for one process, nothing trained before, and as fast as a few steps were just now.
+
+    Taught in: 04_fine_tuning.
+    """
+    recipe = next(iter(arms.values()))[0]
+    images = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
+    measured = pace(clip, device, images, recipe.precision)
+    rows = {
+        arm: {
+            "models": len(recipes),
+            "gradients": sum(r.gradients for r in recipes),
+            "images a pass": images,
+            "hours": sum(seconds(measured, r) for r in recipes) / 3600,
+            "peak memory (GB)": max(sum(memory(clip.name, r).values()) for r in recipes) / 1e9,
+        }
+        for arm, recipes in arms.items()
+    }
+    return pd.DataFrame(rows).T
