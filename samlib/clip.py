@@ -205,7 +205,7 @@ def _open_clip(device: str | torch.device, model: str) -> Clip:
         digest = hashlib.sha256(f"{model} {torch.__version__}".encode()).hexdigest()
     else:
         file = Path(weights) if weights.startswith("/") else hub.weights(name, weights)
-        digest = hashlib.sha256(np.memmap(file)).hexdigest()
+        digest = hashlib.sha256(np.memmap(file).data).hexdigest()
         options["pretrained"] = str(file)
         if not weights.startswith("/"):  # OpenAI's were trained with another activation than open_clip's default
             options["force_quick_gelu"] = open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)

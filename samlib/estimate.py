@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ def size(model: str) -> Size:
         if model == clip_module.TESTBED:
             whole = clip_module.build()[0]
         else:
+            logging.disable(logging.WARNING)  # that the weights are random is just what is wanted
             whole = open_clip.create_model(model.partition("/")[0], device="meta")
+            logging.disable(logging.NOTSET)
     visual = whole.visual.train()
     own = {p.untyped_storage()._cdata for p in visual.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors, too, or a later one could have the same address
@@ -175,6 +178,7 @@ def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "
     Taught in: 04_fine_tuning.
     """
     device = torch.device(device)
+    threads = torch.get_num_threads()
     x = torch.rand(images, 3, clip.size, clip.size, device=device)
 
     def best(step: Callable[[], object]) -> float:
@@ -187,9 +191,11 @@ def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "
             seconds.append(time.perf_counter() - begun)
         return min(seconds[1:])
 
-    def trainer(rho: float, adaptive: bool = False) -> tuple[sam.SAM, Callable[[], torch.Tensor]]:
+    def timed(rho: float, adaptive: bool = False) -> tuple[float, float]:
+        """Seconds of a step, and of its gradient alone."""
         encoder = copy.deepcopy(clip.encoder).train().requires_grad_(True)
         base = torch.optim.AdamW(encoder.parameters(), 0.0, fused=True)
+        optimizer = sam.SAM(base, rho, adaptive, clip_norm=1.0)
 
         def gradient() -> torch.Tensor:
             with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
@@ -197,16 +203,18 @@ def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "
             loss.backward()
             return loss
 
-        return sam.SAM(base, rho, adaptive, clip_norm=1.0), gradient
+        step = best(lambda: optimizer.step(gradient))
+        return step, best(gradient)
 
-    optimizer, gradient = trainer(0.0)
-    adamw = best(lambda: optimizer.step(gradient))
-    alone = best(gradient)
-    steps = []
-    for adaptive in (False, True):
-        optimizer, gradient = trainer(1e-3, adaptive)
-        steps.append(best(lambda: optimizer.step(gradient)))
-    return Pace(images, alone, max(0, adamw - alone), max(0, steps[0] - 2 * alone), max(0, steps[1] - 2 * alone))
+    if device.type == "cpu":  # one thread a process, as in fine-tuning
+        torch.set_num_threads(1)
+    try:
+        steps = [timed(0.0), timed(1e-3), timed(1e-3, True)]
+    finally:
+        torch.set_num_threads(threads)
+    alone = min(gradient for _, gradient in steps)
+    beside = [max(0.0, step - passes * alone) for (step, _), passes in zip(steps, (1, 2, 2), strict=True)]
+    return Pace(images, alone, *beside)
 
 
 def seconds(pace: Pace, recipe: Recipe) -> float:
@@ -222,29 +230,44 @@ def seconds(pace: Pace, recipe: Recipe) -> float:
 
 
 def table(clip: Clip, device: str | torch.device, arms: dict[str, Sequence[Recipe]]) -> pd.DataFrame:
-    """What each arm will take: models to train, gradients, hours and the peak of memory on the device.
+    """What the fine-tuning of each arm takes, if none of it is stored yet.
 
     Args:
         clip: the pre-trained model.
         device: where it will be trained.
-        arms: name -> recipes.
+        arms: name -> recipes, all with the same batches.
 
     Returns:
-        One row an arm; hours are for one process, nothing trained before, and as fast as a few steps were just now.
+        One row an arm: models, gradients, hours (of one process, at the pace of a few steps taken just now), peak
+        memory on the device and disk space in GB (1e9 bytes).
 
     Taught in: 04_fine_tuning.
     """
     recipe = next(iter(arms.values()))[0]
     images = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
     measured = pace(clip, device, images, recipe.precision)
+    stored = FLOAT * size(clip.name).encoder / 1e9
     rows = {
         arm: {
             "models": len(recipes),
             "gradients": sum(r.gradients for r in recipes),
-            "images a pass": images,
             "hours": sum(seconds(measured, r) for r in recipes) / 3600,
-            "peak memory (GB)": max(sum(memory(clip.name, r).values()) for r in recipes) / 1e9,
+            "memory (GB)": max(sum(memory(clip.name, r).values()) for r in recipes) / 1e9,
+            "disk (GB)": stored * sum(1 + bool(r.validate_every) for r in recipes),
         }
         for arm, recipes in arms.items()
     }
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows).T.astype({"models": int, "gradients": int})
+
+
+def summary(clip: Clip, device: str | torch.device, arms: dict[str, Sequence[Recipe]]) -> str:
+    """`table` in one sentence, for the top of a chapter."""
+    t = table(clip, device, arms)
+    recipe = next(iter(arms.values()))[0]
+    batch = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
+    return (
+        f"Fine-tuning, if nothing is stored: {t.models.sum()} models of {clip.name}, {t.gradients.sum():,} gradients "
+        f"of {recipe.batch_size} images ({batch} in one pass, {recipe.precision}), about {t.hours.sum():.2g} hours of "
+        f"one process on {device}, {t['memory (GB)'].max():.2g} of {free_memory(device) / 1e9:.0f} GB of memory, "
+        f"{t['disk (GB)'].sum():.2g} GB on the disk."
+    )

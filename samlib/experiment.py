@@ -65,7 +65,7 @@ def recipes(run: Run, arm: str, seed: int, length: float = 1.0) -> list[Recipe]:
             label_noise=p.label_noise,
             seed=seed,
             precision=p.precision,
-            micro_batch=p.micro_batch,
+            micro_batch=p.micro_batch if isinstance(p.micro_batch, int) else None,
             shared_climb=p.micro_batch is not None,  # then the size of the micro-batches does not change the result
         )
         for task in names

@@ -97,7 +97,7 @@ def rename(state: Mapping[str, Tensor], encoder: nn.Module) -> Theta:
     Raises:
         ValueError: no layout is recognised, or a tensor is left over, missing, of another shape or no floating point.
 
-    Source: Ilharco et al. 2021 (OpenCLIP) and Radford et al. 2021 (CLIP), whose weights the three libraries share.
+    Source: Radford et al. 2021 (CLIP) and Ilharco et al. 2021 (OpenCLIP), whose parametrisation this is.
     Taught in: 03_models_and_tasks.
     """
     rest = {WRAPPERS.sub("", name): w for name, w in state.items()}
@@ -110,7 +110,7 @@ def rename(state: Mapping[str, Tensor], encoder: nn.Module) -> Theta:
     for name, like in own.items():
         sources = places[name]
         turned = sources == [PROJECTION]
-        if turned and PROJECTION not in rest:
+        if turned and not rest.keys() & {PROJECTION, "text_projection.weight"}:
             theta[name] = like.detach().clone()
             continue
         shape = tuple(like.shape[::-1] if turned else like.shape)

@@ -100,7 +100,7 @@ def _ask(question: Callable[[], Answer], wanted: str, remedy: str) -> Answer:
     answer = answers[0] if answers else TimeoutError(f"no answer in {SECONDS:.0f} s")
     if isinstance(answer, Exception):
         raise _unreachable(wanted, answer, remedy)
-    return answer  # type: ignore[no-any-return]
+    return answer
 
 
 def _unreachable(wanted: str, error: Exception, remedy: str) -> ConnectionError:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from samlib import tasks
+import yaml
+
+from samlib import clip, hub_table, tasks
 from samlib.recipe import whole
 
 
@@ -21,6 +23,7 @@ class Preset:
 
     Args:
         name: key in PRESETS.
+        model: the pre-trained model, as `clip.load` knows it.
         tasks: task names.
         seeds: one fine-tuning run a task and seed.
         steps: updates after which training has converged.
@@ -29,6 +32,8 @@ class Preset:
         radii: of SAM, in that map.
         n_hessian: images on which curvature is measured.
         batch_size: images a step.
+        micro_batch: images in one forward pass: None for the whole batch, "auto" for as many as fit into the memory;
+            with micro-batches SAM climbs once for the whole batch, so that their size changes no result.
         n_train, n_eval: at most this many training and evaluation examples, None for all.
         label_noise: share of the training labels that are replaced by another class, in [0, 1).
         lambdas: grid of task arithmetic's coefficient.
@@ -64,6 +69,8 @@ class Preset:
     radii: tuple[float, ...]
     n_hessian: int
     label_noise: float = 0.0
+    model: str = clip.TESTBED
+    micro_batch: int | str | None = None
 
 
 _LAMBDAS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
@@ -122,14 +129,14 @@ PRESETS: dict[str, Preset] = {
             radii=(0.005,),
             n_hessian=20,
         ),
-        dataclasses.replace(  # one seed of the published recipe, cut short
+        dataclasses.replace(  # three seeds of the published recipe, cut short
             _PUBLISHED,
             name="laptop",
-            seeds=(0,),
+            seeds=(0, 1, 2),
             steps=256,
             lengths=(1.0,),
             xi_grid=_grid(-2, 2, 9),
-            note="about half an hour on two cores; one seed, training cut short",
+            note="about an hour on two cores; three seeds, training cut short",
             regimes=((1.0, 1000, 0.0),),
             radii=(0.005, 0.02),
             n_hessian=50,
@@ -150,9 +157,11 @@ PRESETS: dict[str, Preset] = {
             rho_sam=0.05,
             rho_asam=0.5,
             lr=1e-5,
-            precision="bf16",
+            precision="fp32",  # in bf16 most of a climb of this radius would be rounded away
             jobs=1,
-            note="open_clip ViT-B-32 (openai) on the eight hub tasks, a GPU and days",
+            model="ViT-B-32/openai",
+            micro_batch="auto",
+            note="open_clip ViT-B-32 (openai) on the eight hub tasks, a GPU and days; chapter 4 estimates them first",
             regimes=((0.25, 10000, 0.0), (1.0, 10000, 0.0), (1.0, 1000, 0.0), (1.0, 10000, 0.3)),
             radii=(0.01, 0.05, 0.2),
             n_hessian=500,
@@ -169,24 +178,49 @@ def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
     return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high
 
 
+def listed(value: Any) -> Any:
+    """A list that papermill's -p handed on as text, such as "[mnist, dtd]"; anything else as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    return value
+
+
 def _tasks(value: Any) -> bool:
+    value = listed(value)
     if isinstance(value, (list, tuple)):
         return len(value) == len(set(map(str, value))) > 0 and all(name in tasks.known() for name in value)
     return value == "all"
+
+
+def _model(value: Any) -> bool:
+    if isinstance(value, str):
+        clip.check(value)
+    return value is None or isinstance(value, str)
 
 
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+_NAMES = (*tasks.TESTBED, *hub_table.HUB, "the folders in SAMLIB_DATA")
+
 # name of a notebook's parameter -> (what is allowed, test); None means the preset's value
 PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preset": (f"one of {', '.join(PRESETS)}", lambda value: isinstance(value, str) and value in PRESETS),
     "seed": ("an integer >= 0", _whole(0)),
     "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", lambda value: isinstance(value, str)),
-    "tasks": (f"'all' (the preset's) or a list of different names out of {', '.join(tasks.TESTBED)}", _tasks),
+    "tasks": (f"'all' (the preset's) or a list of different names out of {', '.join(_NAMES)}", _tasks),
+    "model": ("None, 'testbed' or such as 'ViT-B-32/openai'", _model),
+    "optimizer": ("adamw, sam or asam", lambda value: value in ("adamw", "sam", "asam")),
     "steps": ("an integer >= 1 or None", _optional(_whole(1))),
     "batch_size": ("an integer >= 1 or None", _optional(_whole(1))),
+    "micro_batch": (
+        "an integer >= 1, 'auto' or None",
+        lambda value: value in (None, "auto") or whole(value, 1),
+    ),
     "n_train": ("an integer >= 1 or None", _optional(_whole(1))),
     "n_eval": ("an integer >= 1 or None", _optional(_whole(1))),
     "jobs": ("an integer >= 1 or None", _optional(_whole(1))),

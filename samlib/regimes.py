@@ -28,7 +28,7 @@ def arms(run: Run) -> list[str]:
 def regimes(run: Run) -> Iterator[tuple[Run, float]]:
     """The run with the images and wrong labels of each regime of its preset, and the regime's training length."""
     for length, n_train, label_noise in run.preset.regimes:
-        preset = replace(run.preset, n_train=n_train, label_noise=label_noise)
+        preset = replace(run.preset, n_train=min(n_train, run.preset.n_train or n_train), label_noise=label_noise)
         yield replace(run, preset=preset), length
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import math
 import random
@@ -18,8 +17,8 @@ import scipy.stats
 import torch
 
 from samlib import cache as store
-from samlib import clip, provenance, tasks
-from samlib.presets import PARAMETERS, PRESETS, Preset, check
+from samlib import clip, estimate, provenance, tasks
+from samlib.presets import PARAMETERS, PRESETS, Preset, check, listed
 
 MODULES = (  # whose code decides a cached value
     "batches",
@@ -126,6 +125,7 @@ class Run:
             "parameters": self.parameters,
             "seeds": list(self.preset.seeds),
             "device": provenance.device(self.device),
+            "model": self.preset.model,
             "precision": self.preset.precision,
             "seconds": round(time.monotonic() - self.started, 1),
             **provenance.software(),
@@ -154,12 +154,15 @@ def begin(notebook: str, **parameters: Any) -> Run:
     fields = {f.name for f in dataclasses.fields(Preset)} - {"name"}
     overrides = {k: v for k, v in parameters.items() if k in fields and v is not None and v != "all"}
     if "tasks" in overrides:
-        overrides["tasks"] = tuple(overrides["tasks"])
+        overrides["tasks"] = tuple(listed(overrides["tasks"]))
     preset = dataclasses.replace(preset, **overrides, seeds=tuple(seed + s for s in preset.seeds))
     device = _device(parameters.get("device", "auto"))
     if preset.precision == "auto":
         half = "fp16" if device.startswith("cuda") else "fp32"  # fp16 on the CPU is slower than fp32
         preset = dataclasses.replace(preset, precision="bf16" if _fast_bf16(device) else half)
+    if preset.micro_batch == "auto":
+        fitting = estimate.micro_batch(preset.model, preset.batch_size, device, preset.precision)
+        preset = dataclasses.replace(preset, micro_batch=fitting)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (the global generator, for libraries that use it)
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -125,8 +125,10 @@ def load(name: str, size: int = SIZE) -> Task:
         classes=classes,
         phrases=tuple(phrases.get(c, c.replace("_", " ")) for c in classes),
         templates=templates,
+        train=Split(*images.read(stored, "train")),
+        validation=Split(*images.read(stored, "validation")),
+        test=Split(*images.read(stored, "test")),
         revision=facts["revision"],
-        **{split: Split(*images.read(stored, split)) for split in SPLITS},
     )
 
 
@@ -224,55 +226,65 @@ def _files(folder: Path, split: str) -> list[Path]:
 def _embedded(folder: Path) -> Task:
     tables = {split: _table(_file(folder, split)) for split in SPLITS if _file(folder, split).exists()}
     classes, tables = _checked(folder.name, tables)
+    tables = _with_validation(tables)
+    splits = [Split(_pixels(tables[split]), torch.tensor(tables[split]["label"])) for split in SPLITS]
     info = TASK_TABLE[folder.name]
     return Task(
         name=folder.name,
         classes=classes,
         phrases=tuple(info.prompts.get(c, c) for c in classes),
         templates=info.templates,
-        **{split: Split(_pixels(table), torch.tensor(table["label"])) for split, table in tables.items()},
+        train=splits[0],
+        validation=splits[1],
+        test=splits[2],
     )
 
 
 @lru_cache(maxsize=64)
 def _stored(name: str, folder: Path | None, size: int, cache: Path, kind: str | None = None) -> Path:
-    """The folder of the task's decoded images, filled if it is not there."""
+    """The folder of the task's decoded images, of a kind of damaged ones alone; filled if it is not there."""
+    splits = ("train", kind) if kind else SPLITS
     decides: dict[str, Any] = {"size": size, "kind": kind, "code": store.code("images"), "hub": repr(HUB.get(name))}
     if folder:
-        files = [path for split in ((kind,) if kind else SPLITS) for path in _files(folder, split)]
+        files = [path for split in splits for path in _files(folder, split)]
         decides["hub"] = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     stored = cache / f"{name}-{size}-{store.key(decides)}"
     if not stored.is_dir():
-        tables, revision = (_local(folder, (kind,) if kind else SPLITS), None) if folder else hub.dataset(name)
-        if kind:
-            classes, tables = (), {kind: tables[kind]}
-        else:
-            classes, tables = _checked(name, tables)
-        images.write(stored, tables, size, size == SIZE, {"classes": classes, "revision": revision})
+        tables, revision = (_local(folder, splits), None) if folder else hub.dataset(name)
+        classes, tables = _checked(name, tables, splits)
+        wanted = {kind: tables[kind]} if kind else _with_validation(tables)
+        images.write(stored, wanted, size, size == SIZE, {"classes": classes, "revision": revision})
     return stored
 
 
-def _local(folder: Path, splits: tuple[str, ...]) -> dict[str, datasets.Dataset]:
+def _local(folder: Path, splits: Iterable[str]) -> dict[str, datasets.Dataset]:
     """The splits of a task of the reader's own, from parquet files or folders of images."""
-    files = {split: [str(path) for path in _files(folder, split)] for split in splits}
-    files = {split: paths for split, paths in files.items() if paths}
-    parquet = all(path.endswith(".parquet") for paths in files.values() for path in paths)
-    for path in [path for paths in files.values() for path in paths if parquet]:
-        _readable(pyarrow.parquet.read_schema, Path(path))
-    scratch = str(store.folder() / "datasets")
-    if parquet:
-        return dict(datasets.load_dataset("parquet", data_files=files, cache_dir=scratch))
-    return dict(datasets.load_dataset("imagefolder", data_files=files, cache_dir=scratch, drop_labels=False))
+    files = {split: _files(folder, split) for split in splits}
+    tables = {}
+    for split, paths in files.items():
+        if not paths:
+            continue
+        kind, options = "imagefolder", {"drop_labels": False}
+        if paths[0].suffix == ".parquet":
+            _readable(pyarrow.parquet.read_schema, paths[0])
+            kind, options = "parquet", {}
+        data = [str(path) for path in paths]
+        scratch = str(store.folder() / "datasets")
+        tables[split] = datasets.load_dataset(kind, split="train", data_files=data, cache_dir=scratch, **options)
+    return tables
 
 
-def _checked(name: str, tables: Mapping[str, datasets.Dataset]) -> tuple[tuple[str, ...], dict[str, datasets.Dataset]]:
-    """The class names, and the tables of the three splits, validation set aside where there is none."""
-    for split in ("train", "test"):
-        if split not in tables:
+def _checked(
+    name: str, tables: Mapping[str, datasets.Dataset], splits: Iterable[str] = SPLITS
+) -> tuple[tuple[str, ...], dict[str, datasets.Dataset]]:
+    """The class names, and those of the splits that are there; only validation may be missing."""
+    for split in splits:
+        if split not in tables and split != "validation":
             raise ValueError(f"task {name!r} has no {split} split: no file {split}-*.parquet and no folder {split}/")
-        for column in {"image", "label"} - set(tables[split].features):
+    found = {split: tables[split] for split in splits if split in tables}
+    for split, table in found.items():
+        for column in {"image", "label"} - set(table.features):
             raise ValueError(f"the {split} split of {name!r} has no column {column!r}")
-    found = {split: tables[split] for split in SPLITS if split in tables}
     label = found["train"].features["label"]
     if not isinstance(label, datasets.ClassLabel) and label.dtype == "string":
         label = datasets.ClassLabel(names=sorted(set(found["train"]["label"])))
@@ -282,10 +294,18 @@ def _checked(name: str, tables: Mapping[str, datasets.Dataset]) -> tuple[tuple[s
     for split, table in found.items():
         if table.features["label"] != label:
             raise ValueError(f"the {split} split of {name!r} has other classes than the train split")
-    if "validation" not in found:
-        kept, held = _set_aside(len(found["train"]))
-        found |= {"train": found["train"].select(kept), "validation": found["train"].select(held)}
-    return tuple(label.names), {split: found[split] for split in SPLITS}
+    return tuple(label.names), found
+
+
+def _with_validation(tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """The three splits; without a validation split a tenth of train, at most 5000, becomes one, by a fixed seed."""
+    if "validation" in tables:
+        return tables
+    n = len(tables["train"])
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    held = min(n // 10, 5000)
+    kept = order[held:].sort().values.tolist()
+    return tables | {"train": tables["train"].select(kept), "validation": tables["train"].select(order[:held].tolist())}
 
 
 def _prompts(name: str, folder: Path | None) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -312,13 +332,6 @@ def _fingerprint(folder: Path) -> str:
             digest.update(split.encode())
             digest.update(_file(folder, split).read_bytes())
     return digest.hexdigest()
-
-
-def _set_aside(n: int) -> tuple[list[int], list[int]]:
-    """A tenth of n examples, at most 5000, by a fixed seed: (indices of the others, of these)."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    held = min(n // 10, 5000)
-    return order[held:].sort().values.tolist(), order[:held].tolist()
 
 
 def _table(path: Path) -> datasets.Dataset:

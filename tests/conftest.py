@@ -91,4 +91,5 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_split(folder / "cool" / "validation-00000-of-00001.parquet", labels[:9], classes["cool"], 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAMLIB_DATA", str(folder))
+        patch.setenv("SAMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield folder

@@ -12,7 +12,8 @@ import papermill
 import pytest
 import torch
 
-from samlib import presets, tasks
+from samlib import estimate, presets, tasks
+from samlib.hub_table import HUB
 from samlib.run import PRESETS, Run, begin, interval, paired_interval
 
 
@@ -57,7 +58,13 @@ def test_begin_seeds_the_generators() -> None:
         ("device", 0, "'auto', 'cpu', 'cuda'"),
         ("device", "gpu", "'auto', 'cpu', 'cuda'"),
         ("tasks", "digits", "'all'"),
-        ("tasks", "[digits]", "'all'"),
+        ("tasks", "[digits, dig]", "'all'"),
+        ("tasks", "[digits", "'all'"),
+        ("model", 3, "None, 'testbed' or such as 'ViT-B-32/openai'"),
+        ("model", "ViT-B-32", "testbed' or such as 'ViT-B-32/openai', not 'ViT-B-32'"),
+        ("model", "ViT-B-23/openai", "did you mean ViT-"),
+        ("micro_batch", 0, "an integer >= 1, 'auto' or None"),
+        ("optimizer", "sgd", "adamw, sam or asam"),
         ("tasks", [], "a list of different names"),
         ("tasks", ["digits", "digits"], "a list of different names"),
         ("tasks", ["digit"], "out of digits"),
@@ -105,9 +112,18 @@ def test_a_gpu_that_is_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert begin("demo", device="auto").device == "cpu"
 
 
-def test_the_paper_preset_says_that_it_cannot_run() -> None:
-    with pytest.raises(RuntimeError, match="needs the hub datasets.*choose smoke, laptop or published"):
-        begin("demo", preset="paper")
+def test_the_paper_preset_chooses_a_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 12 * 10**9)
+    p = begin("demo", preset="paper", device="cpu").preset
+    assert (p.model, p.micro_batch, p.batch_size, p.tasks) == ("ViT-B-32/openai", 128, 128, tuple(HUB))
+    assert begin("demo", preset="paper", device="cpu", model="ViT-L-14/openai").preset.micro_batch == 8
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 10**9)
+    with pytest.raises(MemoryError, match="ViT-B-32/openai needs .* GB to be trained, 0.8 GB are free"):
+        begin("demo", preset="paper", device="cpu")
+
+
+def test_a_list_that_papermill_hands_on_as_text() -> None:
+    assert begin("demo", tasks="[flags, digits]").preset.tasks == ("flags", "digits")
 
 
 def fake_notebook(monkeypatch: pytest.MonkeyPatch, *cells: str) -> None:

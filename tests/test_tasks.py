@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,8 @@ import torch
 from conftest import write_split
 from PIL import Image
 
-from samlib import tasks
+from samlib import hub, images, tasks
+from samlib.hub_table import HUB
 from samlib.task_table import TASK_TABLE
 
 
@@ -80,15 +82,15 @@ def test_truncated_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_missing_test_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_split(tmp_path / "half" / "train-00000-of-00001.parquet", [0, 1], ["x", "y"], 0)
     monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match="has no file.*test-00000"):
+    with pytest.raises(ValueError, match="'half' has no test split: no file test-"):
         tasks.load("half")
 
 
 def test_small_images_get_a_black_border_and_large_ones_are_scaled() -> None:
-    small = tasks._pixels(Image.new("L", (28, 28), 200))
+    small = images.square(Image.new("L", (28, 28), 200), 32, border=True)
     assert small.shape == (3, 32, 32)
     assert (small[:, 2:30, 2:30] == 200).all() and small.sum() == 200 * 3 * 28 * 28
-    large = tasks._pixels(Image.new("RGB", (90, 64), (1, 2, 3)))
+    large = images.square(Image.new("RGB", (90, 64), (1, 2, 3)), 32, border=True)
     assert (large == np.array([1, 2, 3], np.uint8)[:, None, None]).all()
 
 
@@ -103,8 +105,9 @@ def test_fingerprint_follows_the_files(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
     prints = []
     for seed in (0, 0, 1):
-        tasks._fingerprint.cache_clear()
-        write_split(tmp_path / "mine" / "train-00000-of-00001.parquet", [0, 1], ["x", "y"], seed)
+        tasks._stored.cache_clear()
+        for split in ("train", "test"):
+            write_split(tmp_path / "mine" / f"{split}-00000-of-00001.parquet", [0, 1], ["x", "y"], seed)
         prints.append(tasks.fingerprint("mine"))
     assert prints[0] == prints[1] != prints[2]
 
@@ -128,3 +131,155 @@ def test_corpus_shares_no_group_with_a_test_split() -> None:
     seen = {group for table in tables for group in table["group"]}
     for name in tasks.TESTBED:
         assert not seen & set(tasks._table(tasks._file(tasks.FOLDER / name, "test"))["group"])
+
+
+def photographs(folder: Path, sizes: list[int], split: str = "train") -> None:
+    """One folder a class, images of several sizes, filled with 10 times the class and the number of the image."""
+    for k, name in enumerate(("cat", "hot dog")):
+        (folder / split / name).mkdir(parents=True)
+        for i, side in enumerate(sizes):
+            Image.new("RGB", (side + 6, side), (10 * k, i, 0)).save(folder / split / name / f"{i}.png")
+
+
+def test_a_folder_of_images_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photographs(tmp_path / "mine", [40, 50, 30] * 7)
+    photographs(tmp_path / "mine", [20, 60], "test")
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    task = tasks.load("mine", 224)
+    assert task.classes == ("cat", "hot dog") and task.templates == ("a photo of a {}.",)
+    assert task.train.images.shape == (38, 3, 50, 50)  # the largest shorter side, below the model's 224
+    assert (len(task.validation), len(task.test), task.revision) == (4, 4, None)
+    assert torch.equal(task.train.images[:, 0].flatten(1).amax(1).long(), 10 * task.train.labels)
+    seen = torch.cat([task.train.images, task.validation.images])[:, :2].flatten(2).amax(2)
+    assert len(seen.unique(dim=0)) == 42  # every image once
+    assert tasks.load("mine", 32).train.images.shape[-1] == 32
+    assert tasks.load("mine", 45).train.images.shape[-1] == 45
+
+
+def test_prompts_of_an_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        photographs(tmp_path / "mine", [30] * 5, split)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    before = tasks.fingerprint("mine")
+    (tmp_path / "mine" / "task.json").write_text('{"templates": ["a sketch of {}."], "phrases": {"cat": "a kitten"}}')
+    task = tasks.load("mine")
+    assert task.templates == ("a sketch of {}.",) and task.phrases == ("a kitten", "hot dog")
+    assert tasks.fingerprint("mine") != before
+    (tmp_path / "mine" / "task.json").write_text('{"templates": ["a sketch"]}')
+    with pytest.raises(ValueError, match="task.json may hold .*one {} each"):
+        tasks.load("mine")
+
+
+def test_text_labels_and_damaged_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    (tmp_path / "text").mkdir()
+    for split in ("train", "test", "spatter"):
+        rows = {"image": [Image.new("L", (32, 32), i) for i in range(12)], "label": ["dog", "cat", "eel"] * 4}
+        file = tmp_path / "text" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    task = tasks.load("text")
+    assert task.classes == ("cat", "dog", "eel") and task.test.labels.tolist() == [1, 0, 2] * 4
+    damaged = tasks.corrupted("text", "spatter")
+    assert torch.equal(damaged.images, task.test.images) and torch.equal(damaged.labels, task.test.labels)
+    with pytest.raises(ValueError, match="text has no test images with 'fog', only spatter"):
+        tasks.corrupted("text", "fog")
+
+
+def test_classes_must_agree_between_the_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, names in (("train", ["x", "y"]), ("test", ["y", "x"])):
+        write_split(tmp_path / "odd" / f"{split}-00000-of-00001.parquet", [0, 1], names, 0)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="test split of 'odd' has other classes"):
+        tasks.load("odd")
+
+
+def test_own_folder_takes_the_place_of_a_task_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        write_split(tmp_path / "mnist" / f"{split}-00000-of-00001.parquet", [0, 1] * 6, ["0", "1"], 0)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    task = tasks.load("mnist", 224)
+    assert task.templates == ('a photo of the number: "{}".',) and task.test.images.shape == (12, 3, 32, 32)
+    assert tasks.known().count("mnist") == 1
+
+
+def test_without_a_network_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the resolver hangs: the call returns long before it."""
+
+    def hang(*_: object, **__: object) -> None:
+        time.sleep(60)
+
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: type("Api", (), {"dataset_info": staticmethod(hang)}))
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError, match="'dtd' is the dataset tanganke/dtd .*python -m samlib.tasks dtd.*SAMLIB"):
+        tasks.load("dtd", 224)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_task_of_the_hub_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["banded", "lacelike"])}
+    )
+    rows = {"image": [Image.new("L", (300, 260), 3 * i) for i in range(20)], "label": [0, 1] * 10}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    asked = []
+
+    def fetch(id: str, config: str | None, revision: str) -> datasets.DatasetDict:
+        asked.append((id, config, revision))
+        return datasets.DatasetDict(train=table, test=table.select(range(5)), contrast=table)
+
+    info = type("Info", (), {"sha": "abc123"})
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: type("Api", (), {"dataset_info": lambda *_, **__: info}))
+    monkeypatch.setattr(hub.datasets, "load_dataset", fetch)
+    task = tasks.load("dtd", 224)
+    assert (len(task.train), len(task.validation), len(task.test)) == (18, 2, 5)
+    assert task.train.images.shape[-1] == 224 and task.revision == "abc123" and len(task.templates) == 8
+    tasks._stored.cache_clear()
+    assert tasks.load("dtd", 224).classes == ("banded", "lacelike")
+    assert asked == [("tanganke/dtd", None, "abc123")]
+
+
+def test_the_table_of_the_hub_has_the_published_numbers_of_templates() -> None:
+    counts = {
+        "sun397": 2,
+        "stanford_cars": 8,
+        "resisc45": 18,
+        "eurosat": 3,
+        "svhn": 1,
+        "gtsrb": 3,
+        "mnist": 1,
+        "dtd": 8,
+    }
+    assert {name: len(set(row.templates)) for name, row in HUB.items()} == counts
+    assert all(template.count("{}") == 1 for row in HUB.values() for template in row.templates)
+    assert HUB["resisc45"].templates[:2] == ("satellite imagery of {}.", "aerial imagery of {}.")
+
+
+def test_overlap_counts_twins_and_near_twins() -> None:
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (30, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    seen = torch.nn.functional.interpolate(coarse.float(), (48, 48), mode="bilinear").to(torch.uint8)
+    noise = torch.randint(-2, 3, seen[:3].shape, generator=draw)
+    near = (seen[:3].int() + noise).clamp(0, 255).to(torch.uint8)
+    assert images.overlap(seen[:20], torch.cat([seen[5:9], seen[20:], near])) == (4, 7)
+    assert images.overlap(seen[:20], seen[20:]) == (0, 0)
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        write_split(tmp_path / "big" / f"{split}-00000-of-00001.parquet", [0, 1], ["x", "y"], 0)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(ValueError, match="0.0 GB left"):
+        tasks.load("big", 33)
+
+
+def test_a_damaged_store_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        write_split(tmp_path / "torn" / f"{split}-00000-of-00001.parquet", [0, 1] * 10, ["x", "y"], 0)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    stored = tasks._stored("torn", tmp_path / "torn", 32, tmp_path / "images")
+    (stored / "train.npy").write_bytes((stored / "train.npy").read_bytes()[:500])
+    with pytest.raises(ValueError, match="cannot read .*torn-32.*delete it"):
+        images.read(stored, "train")
