@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,6 @@ def _open_clip(device: str | torch.device, model: str) -> Clip:
     return Clip(encoder.eval().to(device), made, open_clip.get_tokenizer(name), digest, size, model)
 
 
-@torch.no_grad()
 def zero_shot_head(clip: Clip, task: Task) -> Tensor:
     """A linear classifier written by the text encoder: one unit vector a class, times the inverse temperature.
 
@@ -238,10 +237,16 @@ def zero_shot_head(clip: Clip, task: Task) -> Tensor:
     Source: Radford et al. 2021 (CLIP), section 3.1.4 (prompt ensembling).
     Taught in: 03_models_and_tasks.
     """
+    return _head(clip, task.phrases, task.templates).clone()
+
+
+@lru_cache(maxsize=32)  # hundreds of sentences, and a large model's text encoder takes its time
+@torch.no_grad()
+def _head(clip: Clip, phrases: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
     device = clip.model.logit_scale.device
     rows = []
-    for phrase in task.phrases:
-        tokens = clip.tokenizer([template.format(phrase) for template in task.templates]).to(device)
+    for phrase in phrases:
+        tokens = clip.tokenizer([template.format(phrase) for template in templates]).to(device)
         text = clip.model.encode_text(tokens, normalize=True).mean(0)  # (d,)
         rows.append(nn.functional.normalize(text, dim=0))
     return torch.stack(rows) * clip.model.logit_scale.exp()  # (K, d)

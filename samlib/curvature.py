@@ -27,6 +27,8 @@ from samlib.landscape import dot, losses
 from samlib.merge import task_vector
 from samlib.tasks import Split
 
+BASIS = 3 * 10**9  # bytes of vectors that Lanczos' method may keep
+
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
@@ -135,8 +137,9 @@ def top_eigenvalues(
     if not 1 <= k < size:
         raise ValueError(f"k must be an integer in [1, {size}), not {k}")
     start = np.random.default_rng(seed).standard_normal(size)
+    kept = min(size, max(k + 2, min(max(2 * k + 1, 20), BASIS // (4 * size))))  # vectors; fewer of them, more restarts
     with second_derivatives():
-        values, vectors = eigsh(operator.to_scipy(), k=k, which="LA", tol=tol, v0=start)
+        values, vectors = eigsh(operator.to_scipy(), k=k, which="LA", tol=tol, v0=start, ncv=kept)
     order = np.argsort(values)[::-1].copy()
     return torch.from_numpy(values[order]).double(), torch.from_numpy(vectors[:, order]).double()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,6 +131,7 @@ def memory(model: str, recipe: Recipe) -> dict[str, int]:
         "gradient": FLOAT * s.encoder,
         "two moments of AdamW": 2 * FLOAT * s.encoder,
         "weights to come back to": copies * FLOAT * s.encoder,
+        "weights handed back": FLOAT * s.encoder,
         "the batch": 2 * recipe.batch_size * FLOAT * s.pixels,
         "activations": images * s.activations // (2 if half else 1),
     }
@@ -163,6 +166,21 @@ def free_memory(device: str | torch.device) -> int:
     """Bytes that a new process could still have on a device."""
     device = torch.device(device)
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def used_memory(device: str | torch.device) -> int:
+    """Bytes that this process has on a device: of a GPU what its tensors take, of the CPU all that is resident."""
+    device = torch.device(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def peak_memory(device: str | torch.device) -> int:
+    """The most bytes that `used_memory` would have said since the process began."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "fp32", rounds: int = 3) -> Pace:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from samlib import batches, checkpoint, provenance, sam, tasks
+from samlib import batches, checkpoint, estimate, provenance, sam, tasks
 from samlib import cache as store
 from samlib import clip as clip_module
 from samlib.batches import augment, batch_indices, lr_at
@@ -50,7 +50,7 @@ class Finetuned:
         log: one row a step: step, loss, loss_perturbed (equal to loss where there is no climb), grad_norm and lr; where
             the recipe diagnoses, cosine (of the gradients before and after the climb) and eps_norm (length of the
             climb); where it looks at the validation split, validation_loss and validation_accuracy.
-        seconds: wall time of the training.
+        seconds: wall time of the steps and of the looks at the validation split.
         train_loss: mean cross-entropy on the training images without augmentation, in nats.
         train_accuracy: accuracy on them, in [0, 1]; both are for the labels trained on, and of several tasks the mean.
         skipped: steps without an update, because a gradient overflowed under fp16.
@@ -232,6 +232,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
             facts["averaged"] = int(averaged.n_averaged) if averaged else 0
             checkpoint.save(partial_file, owner, tensors, optimizer.base, facts)
 
+    seconds += time.monotonic() - begun
     train_accuracy, train_loss = _score(encoder, averaged, [(one.train, one.head) for one in sources])
     if not math.isfinite(train_loss):
         raise _diverged(recipe, recipe.steps)
@@ -245,7 +246,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
         theta={name: w.cpu() for name, w in _theta(encoder, averaged).items()},
         best={name.removeprefix("best/"): w.cpu() for name, w in best.items()} or None,
         log=log,
-        seconds=seconds + time.monotonic() - begun,
+        seconds=seconds,
         train_loss=train_loss,
         train_accuracy=train_accuracy,
         skipped=optimizer.skipped,
@@ -397,6 +398,8 @@ def main() -> None:
     parser.add_argument("recipe", type=json.loads, help="fields of samlib.recipe.Recipe, as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cache", type=Path, default=store.folder(), help="for results and checkpoints")
+    parser.add_argument("--model", default=clip_module.TESTBED, help="testbed, or such as ViT-B-32/openai")
+    parser.add_argument("--estimate", action="store_true", help="only say what memory and time it will take")
     a = parser.parse_args()
     try:
         recipe = Recipe(**a.recipe)
@@ -408,11 +411,22 @@ def main() -> None:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device != "cpu" else "gloo")
-    clip = clip_module.load(device)
+    before = estimate.used_memory(device)
+    try:
+        clip = clip_module.load(device, a.model)
+    except (ValueError, ConnectionError) as error:
+        parser.error(str(error))
+    if a.estimate:
+        needed = sum(estimate.memory(a.model, recipe).values())
+        pace = estimate.pace(clip, device, recipe.micro_batch or recipe.batch_size, recipe.precision)
+        print(f"{needed / 1e9:.3f} GB of memory, {estimate.seconds(pace, recipe) / recipe.steps:.3f} s a step")
+        return
     done = finetune(recipe, clip, device, a.cache)
     if _rank() == 0:
         print(_folder(recipe, clip, torch.device(device), a.cache))
-        print(f"training loss {done.train_loss:.4f}, accuracy {done.train_accuracy:.3f}, {done.seconds:.0f} s")
+        print(f"training loss {done.train_loss:.4f}, accuracy {done.train_accuracy:.3f}")
+        peak = (estimate.peak_memory(device) - before) / 1e9
+        print(f"{peak:.3f} GB of memory at most, {done.seconds / recipe.steps:.3f} s a step")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

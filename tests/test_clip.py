@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import json
 import re
+import time
 from pathlib import Path
 
+import numpy as np
+import open_clip
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 
-from samlib import clip, tasks
+from samlib import clip, hub, tasks
 from samlib.clip import Clip
 
 CARD = clip.FOLDER / "README.md"
@@ -93,3 +99,107 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(clip, "WEIGHTS", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors are missing"):
         clip.load()
+
+
+CONFIG = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, open_clip.CLIP]:
+    """A model as open_clip releases one: a configuration that it knows by name, and a safetensors file."""
+    folder = tmp_path_factory.mktemp("released")
+    (folder / "tiny-ViT.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(folder / "tiny-ViT.json")
+    torch.manual_seed(5)
+    model = open_clip.create_model("tiny-ViT").eval()
+    file = folder / "open_clip_model.safetensors"
+    safetensors.torch.save_file({name: w.contiguous() for name, w in model.state_dict().items()}, file)
+    return file, model
+
+
+def test_open_clip_model_by_file(released: tuple[Path, open_clip.CLIP]) -> None:
+    file, model = released
+    found = clip.load(model=f"tiny-ViT/{file}")
+    assert (found.size, found.name) == (48, f"tiny-ViT/{file}") and clip.image_size(found.name) == 48
+    pixels = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
+    mean, std = (torch.tensor(getattr(open_clip, f"OPENAI_DATASET_{name}")).view(3, 1, 1) for name in ("MEAN", "STD"))
+    with torch.no_grad():
+        expected = model.encode_image((pixels / 255 - mean) / std, normalize=True)
+        torch.testing.assert_close(found.encoder(pixels), expected)
+    head = clip.zero_shot_head(found, tasks.load("warm", found.size))
+    assert head.shape == (3, 24)
+    torch.testing.assert_close(head.norm(dim=1), model.logit_scale.exp().expand(3))
+    assert clip.identity(found.name) != clip.identity("testbed") and "tiny-ViT" in clip.identity(found.name)
+
+
+def test_weights_of_a_tag_come_with_their_activation(
+    released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's models need QuickGELU, which open_clip's configurations leave out."""
+    file, model = released
+    tag = {"hf_hub": "someone/tiny/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-ViT", {"openai": tag})
+    asked = []
+    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *a: asked.append(a) or str(file))
+    found = clip.load(model="tiny-ViT/openai")
+    assert asked == [("someone/tiny", "open_clip_model.safetensors")]
+    kinds = {type(m).__name__ for m in found.encoder.modules()}
+    assert "QuickGELU" in kinds and "GELU" not in kinds
+    assert found.encoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert torch.equal(found.encoder.visual.proj, model.visual.proj)
+
+
+def test_random_weights_are_the_same_every_time(released: tuple[Path, open_clip.CLIP]) -> None:
+    before = torch.get_rng_state()
+    one, two = clip.load(model="tiny-ViT/random"), clip.load(model="tiny-ViT/random")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.fingerprint == two.fingerprint
+    assert all(torch.equal(w, clip.theta(two.encoder)[name]) for name, w in clip.theta(one.encoder).items())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("ViT-B-23/openai", "did you mean"),
+        ("tiny-ViT/openai", "open_clip has no weights 'openai' for tiny-ViT, only none"),
+        ("tiny-ViT//nowhere/w.safetensors", "weights /nowhere/w.safetensors of tiny-ViT are no safetensors file"),
+        ("ViT-B-32/openia", "has no weights 'openia' for ViT-B-32, only openai"),
+    ],
+)
+def test_a_model_that_is_not_there(released: tuple[Path, open_clip.CLIP], model: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clip.load(model=model)
+
+
+def test_weights_of_another_architecture_are_refused(released: tuple[Path, open_clip.CLIP], tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"visual.proj": torch.zeros(2, 2)}, file)
+    with pytest.raises(ValueError, match="other.safetensors does not hold the weights of tiny-ViT"):
+        clip.load(model=f"tiny-ViT/{file}")
+
+
+def test_without_a_network_the_error_names_weights_and_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(hub.huggingface_hub, "get_hf_file_metadata", refuse)
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError, match="'openai' of ViT-B-32 .*no route.*python -m samlib.clip ViT-B-32/openai"):
+        clip.load(model="ViT-B-32/openai")
+    assert time.monotonic() - begun < 5
+
+
+def test_small_images_are_enlarged_as_pillow_does() -> None:
+    small = (torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    seen = {}
+    encoder = clip.Encoder(torch.nn.Flatten(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 112)
+    encoder.visual.register_forward_hook(lambda _m, inputs, _o: seen.update(x=inputs[0]))
+    encoder(small[None])
+    picture = Image.fromarray(small.permute(1, 2, 0).numpy()).resize((112, 112), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
+    assert (seen["x"][0] - expected).abs().max() < 1.5 / 255  # Pillow rounds twice to whole numbers
