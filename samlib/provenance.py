@@ -37,15 +37,25 @@ def device(name: str) -> str:
 def _commit() -> str:
     """The commit of the checkout or of the pip installation from git, or "unknown"."""
     if (_ROOT / ".git").exists():
-        command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # read only
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment)
-            return answer.stdout.strip() or "unknown"
-        except (OSError, subprocess.TimeoutExpired):
+            commit = _git("rev-parse", "--short=12", "HEAD")
+            code = _git(
+                "status", "--porcelain", "--", "samlib", "notebooks", "benchmarks"
+            )  # what runs may write is no code
+        except (OSError, subprocess.SubprocessError):
             return "unknown"
+        return f"{commit}-dirty" if code else commit
     try:
         origin = importlib.metadata.distribution("samlib").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
     return json.loads(origin or "{}").get("vcs_info", {}).get("commit_id", "unknown")
+
+
+def _git(*arguments: str) -> str:
+    """The answer of a git command that only reads."""
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(_ROOT), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=10, env=environment, check=True
+    ).stdout.strip()

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+import samlib
 from samlib import cache
 from tools import build_book, check_offline
 
@@ -62,9 +63,25 @@ class TestNotebook:
             if line.strip() and not line.startswith("#"):
                 assert re.fullmatch(r"\w+: [\w\[\], |]+ = [^=]+  # [^=]+", line), line
 
-    def test_installs_samlib_for_colab_and_never_torch(self, path):
+    def test_badge_opens_this_notebook_in_colab(self, path):
+        colab = REPOSITORY.replace("https://github.com/", "https://colab.research.google.com/github/")
+        badge = f"[![Open in Colab]({build_book.COLAB_BADGE})]({colab}/blob/main/notebooks/{path.name})"
+        text = text_of(path, "markdown")
+        assert badge in text and text.count("colab.research.google.com") == badge.count("colab.research.google.com")
+
+    def test_first_cell_installs_samlib_only_where_it_is_missing(self, path):
+        """The same cell everywhere: it runs on any machine, and does something in Colab alone."""
+        install, *others = build_book.code_cells(build_book.read_notebook(path))
+        assert build_book.tags(install) == ["remove-cell"]
+        assert install.source == (
+            "import importlib.util\n\n"
+            'if importlib.util.find_spec("samlib") is None:  # in Colab; the PyTorch that is there stays\n'
+            f'    %pip install --quiet "samlib @ git+{REPOSITORY}@v{samlib.__version__}"'
+        )
+        assert build_book.tags(others[0]) == ["parameters"] and "begin(" in others[1].source
+
+    def test_never_installs_torch(self, path):
         code = text_of(path, "code")
-        assert re.search(rf"pip install .*samlib @ git\+{re.escape(REPOSITORY)}@v[\d.]+", code)
         for line in re.findall(r"pip install.*", code):
             assert "torch" not in line and "--upgrade" not in line and " -U" not in line
 

@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 import samlib
+from samlib.cache import write_json
+from tools.check_stamps import problems
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,9 +82,34 @@ def test_pages_use_the_mathjax_that_is_in_the_repository():
 
 
 def test_workflows_call_the_same_commands_as_people():
-    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
-        jobs = yaml.safe_load(path.read_text())["jobs"]
+    for name in ("test", "book"):
+        jobs = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())["jobs"]
         runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-        assert runs and all(re.match(r"make (test|book)\b", run) for run in runs), path
+        assert runs and all(re.match(r"make |\.venv/bin/python -m tools\.", run) for run in runs), name
+        assert any(re.match(rf"make {name}\b", run) for run in runs)
     script = (ROOT / ".ci" / "run").read_text()
     assert "make test" in script and "make book PRESET=smoke" in script
+
+
+def test_published_values_belong_to_this_version(tmp_path):
+    assert problems(ROOT / "book" / "published", None, lambda commit: True) == []
+    assert problems(ROOT / "book" / "published", f"v{samlib.__version__}", lambda commit: True) == []
+    write_json(tmp_path / "one.json", {"values": 1, "stamp": {"samlib": "0.0.1", "commit": "abc-dirty"}})
+    found = problems(tmp_path, "v9", lambda commit: commit != "abc")
+    assert len(found) == 3 and "the tag is v9" in found[0] and "samlib 0.0.1" in found[1] and "made at abc," in found[2]
+    assert "nothing is published" in problems(tmp_path / "empty", None)[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
+def test_workflows_call_what_exists(path):
+    workflow = yaml.safe_load(path.read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = "\n".join(step.get("run", "") for step in steps)
+    targets = re.findall(r"^([\w./]+|\$\(INSTALLED\)):", (ROOT / "Makefile").read_text(), re.M)
+    for target in re.findall(r"\bmake ([\w./]+)", commands):
+        assert target in targets or target == ".venv/installed", target
+    for module in re.findall(r"python -m (samlib|tools)\.(\w+)", commands):
+        assert (ROOT / "/".join(module)).with_suffix(".py").exists(), module
+    for file in re.findall(r"(?:tests|tools)/\w+\.py", commands):
+        assert (ROOT / file).exists(), file
+    assert all("timeout-minutes" in job for job in workflow["jobs"].values())
