@@ -20,6 +20,11 @@ def folder() -> Path:
     return Path(os.environ.get("SAMLIB_CACHE", Path.home() / ".cache" / "samlib"))
 
 
+def images_folder() -> Path:
+    """Where decoded images live, which are large and can be made again: $SAMLIB_IMAGES, by default in `folder`."""
+    return Path(os.environ.get("SAMLIB_IMAGES", folder() / "images"))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch name beside `path` that becomes `path` when the block ends without an error.

@@ -257,8 +257,19 @@ def theta(encoder: nn.Module) -> Theta:
     return {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
 
 
+def per_pass(encoder: nn.Module, most: int, numbers: int = 2**24) -> int:
+    """How many images go through the encoder at once: `most`, but fewer of larger ones.
+
+    Args:
+        encoder: says how large its images are.
+        most: upper limit, >= 1, which holds for images of 32 pixels a side.
+        numbers: in the pixels of all of them; 2^20 where a backward pass follows.
+    """
+    return max(1, min(most, numbers // (3 * getattr(encoder, "size", 32) ** 2)))
+
+
 @torch.no_grad()
-def logits(encoder: nn.Module, theta: Theta, images: Tensor, head: Tensor, batch_size: int = 500) -> Tensor:
+def logits(encoder: nn.Module, theta: Theta, images: Tensor, head: Tensor, batch_size: int | None = None) -> Tensor:
     """The outputs f(x; theta) of the encoder with other weights in place of its own, which stay untouched.
 
     Args:
@@ -266,13 +277,13 @@ def logits(encoder: nn.Module, theta: Theta, images: Tensor, head: Tensor, batch
         theta: weights by name.
         images: (N, 3, H, W), uint8.
         head: (K, d).
-        batch_size: images in one forward pass.
+        batch_size: images in one forward pass, None for `per_pass`.
 
     Returns:
         (N, K), on the device of the head.
     """
     encoder.eval()
-    chunks = images.split(batch_size)
+    chunks = images.split(batch_size or per_pass(encoder, 500))
     return torch.cat([functional_call(encoder, theta, (chunk.to(head.device),)) @ head.T for chunk in chunks])
 
 

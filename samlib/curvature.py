@@ -22,12 +22,13 @@ from torch.func import functional_call, grad_and_value, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from samlib.clip import Theta
+from samlib.clip import Theta, per_pass
 from samlib.landscape import dot, losses
 from samlib.merge import task_vector
 from samlib.tasks import Split
 
-BASIS = 3 * 10**9  # bytes of vectors that Lanczos' method may keep
+BASIS = 2 * 10**9  # bytes of vectors that Lanczos' method may keep
+BACKWARD = 2**20  # numbers in the pixels of the images of one backward pass
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def flat(theta: Theta) -> Tensor:
 
 
 def hessian(
-    encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int = 100
+    encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int | None = None
 ) -> HessianLinearOperator:
     """The Hessian of the mean cross-entropy, as an operator that multiplies vectors without being formed.
 
@@ -88,7 +89,7 @@ def hessian(
         theta: weights by name, P numbers in all; rows and columns are in the order of `flat`.
         split: images and labels.
         head: (K, d).
-        batch_size: images in one backward pass; it does not change the result.
+        batch_size: images in one backward pass, None for `clip.per_pass`; it does not change the result.
 
     Returns:
         A linear operator (P, P); products outside of this module go under `second_derivatives()`.
@@ -107,6 +108,7 @@ def hessian(
             parameter.data = theta[name].detach().clone().to(head.device)
     parameters = dict(model.encoder.named_parameters())
     images, labels = split.images.to(head.device), split.labels.to(head.device)
+    batch_size = batch_size or per_pass(encoder, 100, BACKWARD)
     data = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     loss = nn.CrossEntropyLoss(reduction="mean")
     ordered = [parameters[name] for name in sorted(theta)]
@@ -234,7 +236,12 @@ def spectral_density(
 
 
 def _lanczos(operator: HessianLinearOperator, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The tridiagonal matrix of a Krylov space: its diagonal (m,) and off-diagonal (m - 1,), fully reorthogonalised."""
+    """The tridiagonal matrix of a Krylov space: its diagonal (m,) and off-diagonal (m - 1,).
+
+    Reorthogonalised against all vectors, or against as many of the last ones as may be kept; then eigenvalues that have
+    converged may appear again, with a share of their weight each, and the density stays what it is (Greenbaum 1989).
+    """
+    kept = max(2, BASIS // (2 * v.nbytes))  # there is a copy of them
     basis, alphas, betas = [v], [], []
     for step in range(steps):
         w = (operator @ basis[-1].to(operator.device, operator.dtype)).cpu().double()
@@ -246,11 +253,11 @@ def _lanczos(operator: HessianLinearOperator, v: Tensor, steps: int) -> tuple[Te
         if step + 1 == steps or beta < 1e-10 * max(1.0, float(torch.stack(alphas).abs().max())):
             break
         betas.append(beta)
-        basis.append(w / beta)
+        basis = [*basis[-kept + 1 :], w / beta]
     return torch.stack(alphas), torch.stack(betas) if betas else torch.zeros(0, dtype=torch.float64)
 
 
-def gradient(encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int = 100) -> Theta:
+def gradient(encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch_size: int | None = None) -> Theta:
     """The gradient of the mean cross-entropy on all images, shaped as the weights. Arguments as for `hessian`.
 
     Taught in: 07_flatness.
@@ -258,6 +265,7 @@ def gradient(encoder: nn.Module, theta: Theta, split: Split, head: Tensor, batch
     encoder.eval()
     start = {name: w.detach().to(head.device).requires_grad_() for name, w in theta.items()}
     images, labels = split.images.to(head.device), split.labels.to(head.device)
+    batch_size = batch_size or per_pass(encoder, 100, BACKWARD)
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         outputs = functional_call(encoder, start, (x,)) @ head.T  # (B, K)
         (F.cross_entropy(outputs, y, reduction="sum") / len(labels)).backward()
@@ -320,7 +328,7 @@ def sharpness(
 
 
 def taylor_terms(
-    encoder: nn.Module, theta_t: Theta, theta_m: Theta, split: Split, head: Tensor, batch_size: int = 100
+    encoder: nn.Module, theta_t: Theta, theta_m: Theta, split: Split, head: Tensor, batch_size: int | None = None
 ) -> dict[str, float]:
     """The merge gap L(theta_m) - L(theta_t), and its parts around theta_t.
 
@@ -330,7 +338,7 @@ def taylor_terms(
         theta_m: merged weights.
         split: images and labels of the task.
         head: (K, d).
-        batch_size: images in one backward pass.
+        batch_size: images in one backward pass, None for `clip.per_pass`.
 
     Returns:
         `gap`; `first` = g . eps; `second` = eps^T H eps / 2; `rest` = gap - first - second; all in nats, with eps =
@@ -348,6 +356,7 @@ def taylor_terms(
     theta_t = {name: w.detach() for name, w in theta_t.items()}
     images, labels = split.images.to(head.device), split.labels.to(head.device)
     encoder.eval()
+    batch_size = batch_size or per_pass(encoder, 100, BACKWARD)
     totals = dict.fromkeys(("gap", "first", "second"), 0.0)
     gradient = {name: torch.zeros_like(w) for name, w in theta_t.items()}
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import open_clip
 import pandas as pd
@@ -179,8 +181,11 @@ def peak_memory(device: str | torch.device) -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says would be that of the parent, if that was larger
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(peak) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "fp32", rounds: int = 3) -> Pace:

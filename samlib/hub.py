@@ -36,7 +36,7 @@ def dataset(name: str) -> tuple[datasets.DatasetDict, str]:
     """
     row = HUB[name]
     remedy = (
-        f"With a network, run once: python -m samlib.tasks {name} --size SIDE (it fills {store.folder() / 'images'}); "
+        f"With a network, run once: python -m samlib.tasks {name} --size SIDE (it fills {store.images_folder()}); "
         f"or let SAMLIB_DATA name a folder that holds {name}/train-*.parquet and {name}/test-*.parquet "
         f"with the columns image and label"
     )

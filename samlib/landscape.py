@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from samlib.clip import Theta
+from samlib.clip import Theta, per_pass
 from samlib.merge import task_vector
 from samlib.tasks import Split
 
 
 @torch.no_grad()
 def outputs(
-    encoder: nn.Module, theta: Theta, splits: Sequence[Split], heads: Sequence[Tensor], batch_size: int = 200
+    encoder: nn.Module, theta: Theta, splits: Sequence[Split], heads: Sequence[Tensor], batch_size: int | None = None
 ) -> list[Tensor]:
     """The outputs f(x; theta) of one model for the images of several tasks, in one pass over all of them.
 
@@ -24,7 +24,7 @@ def outputs(
         encoder: gives the architecture.
         theta: weights by name.
         splits, heads: images (N_t, 3, H, W), and head (K_t, d), of each of T tasks.
-        batch_size: images in one forward pass.
+        batch_size: images in one forward pass, None for `clip.per_pass`.
 
     Returns:
         T tensors (N_t, K_t).
@@ -33,6 +33,7 @@ def outputs(
         ValueError: as many heads as splits are needed.
     """
     encoder.eval()
+    batch_size = batch_size or per_pass(encoder, 200)
     images = [split.images for split in splits]
     if len({x.shape[1:] for x in images}) == 1:  # else they fit into no common batch
         images = [torch.cat(images)]

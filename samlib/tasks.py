@@ -116,7 +116,7 @@ def load(name: str, size: int = SIZE) -> Task:
     folder = _folder(name)
     if name in TESTBED and size == SIZE:
         return _embedded(folder)
-    stored = _stored(name, folder, size, store.folder() / "images")
+    stored = _stored(name, folder, size, store.images_folder())
     facts = store.read_json(stored / "facts.json")
     templates, phrases = _prompts(name, folder)
     classes = tuple(facts["classes"])
@@ -152,7 +152,7 @@ def corrupted(name: str, kind: str, size: int = SIZE) -> Split:
     kinds = [one for one in has if one not in SPLITS]
     if kind not in kinds:
         raise ValueError(f"{name} has no test images with {kind!r}, only {', '.join(kinds) or 'clean ones'}")
-    return Split(*images.read(_stored(name, folder, size, store.folder() / "images", kind), kind))
+    return Split(*images.read(_stored(name, folder, size, store.images_folder(), kind), kind))
 
 
 def subset(split: Split, n: int | None) -> Split:
@@ -180,7 +180,7 @@ def fingerprint(name: str, size: int = SIZE) -> str:
     folder = _folder(name)
     if folder and name in TESTBED and size == SIZE:
         return _fingerprint(folder)
-    facts = store.read_json(_stored(name, folder, size, store.folder() / "images") / "facts.json")
+    facts = store.read_json(_stored(name, folder, size, store.images_folder()) / "facts.json")
     decides = [facts["sha256"], facts["classes"], *_prompts(name, folder)]
     return hashlib.sha256(repr(decides).encode()).hexdigest()
 
@@ -269,7 +269,7 @@ def _local(folder: Path, splits: Iterable[str]) -> dict[str, datasets.Dataset]:
             _readable(pyarrow.parquet.read_schema, paths[0])
             kind, options = "parquet", {}
         data = [str(path) for path in paths]
-        scratch = str(store.folder() / "datasets")
+        scratch = str(store.images_folder() / "datasets")
         tables[split] = datasets.load_dataset(kind, split="train", data_files=data, cache_dir=scratch, **options)
     return tables
 

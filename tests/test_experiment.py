@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from samlib import experiment, report
@@ -128,3 +132,26 @@ def test_compare_puts_one_run_beside_the_published_seeds() -> None:
     frame = report.compare({"a": 1.0, "b": 2.0}, {"a": [0.0, 1.0, 2.0]})
     assert frame.loc["a", "published"] == 1 and frame.loc["a", "low"] < 0 and frame.loc["a", "seeds"] == 3
     assert frame.loc["b", "yours"] == 2 and frame.loc["b"].isna().sum() == 3 and frame.loc["b", "seeds"] == 0
+
+
+def test_three_lines_of_the_readme_take_a_folder_of_images_to_a_merged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(0)
+    for split, n in (("train", 30), ("test", 8)):
+        for k, name in enumerate(("robin", "wren")):
+            folder = tmp_path / "data" / "birds" / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = draw.integers(0, 100, (50, 70, 3), dtype=np.uint8)
+                pixels[..., 2 * k] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("SAMLIB_CACHE", str(tmp_path / "cache"))
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from samlib import clip, experiment.*?)```", readme, re.S)
+    assert len(code.strip().splitlines()) == 3
+    exec(code.replace('"laptop"', '"smoke"'), {})  # laptop takes minutes
+    printed = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(printed["accuracy"]) == {"birds", "digits"} and 0 < printed["normalised"] <= 2
+    assert len(list((tmp_path / "cache" / "finetune").glob("*/theta.safetensors"))) == 2
