@@ -156,6 +156,9 @@ def check(model: str) -> None:
         close = difflib.get_close_matches(name, open_clip.list_models(), 3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model must be 'testbed' or such as 'ViT-B-32/openai', not {model!r}{hint}")
+    config = open_clip.get_model_config(name)
+    if "hf_tokenizer_name" in config["text_cfg"] or "image_size" not in config["vision_cfg"]:
+        raise ValueError(f"{name} is no CLIP with CLIP's own tokenizer, such as ViT-B-32, ViT-B-16 or ViT-L-14")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights.startswith("/") and not (weights.endswith(".safetensors") and Path(weights).is_file()):
         raise ValueError(f"the weights {weights} of {name} are no safetensors file")

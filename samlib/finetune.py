@@ -364,7 +364,9 @@ def _same(recipe: Recipe) -> Recipe:
 def _write(done: Finetuned, clip: Clip, folder: Path) -> None:
     folder.mkdir()
     recipe = json.dumps(asdict(done.recipe))
-    header = {"model": clip.name, "task": done.recipe.task, "recipe": recipe, **provenance.software()}
+    data = [tasks.load(name, clip.size).revision or tasks.fingerprint(name, clip.size) for name in done.recipe.tasks]
+    header = {"model": clip.name, "task": done.recipe.task, "recipe": recipe, "revision": "+".join(data)}
+    header |= provenance.software()
     save_file(done.theta, folder / "theta.safetensors", header)
     if done.best:
         save_file(done.best, folder / "best.safetensors", header)

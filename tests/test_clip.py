@@ -203,3 +203,10 @@ def test_small_images_are_enlarged_as_pillow_does() -> None:
     picture = Image.fromarray(small.permute(1, 2, 0).numpy()).resize((112, 112), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 255
     assert (seen["x"][0] - expected).abs().max() < 1.5 / 255  # Pillow rounds twice to whole numbers
+
+
+def test_fewer_large_images_go_through_at_once(testbed: Clip) -> None:
+    assert clip.per_pass(testbed.encoder, 500) == 500 and clip.per_pass(testbed.encoder, 100, 2**20) == 100
+    large = clip.Encoder(torch.nn.Identity(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 224)
+    assert clip.per_pass(large, 500) == 111 and clip.per_pass(large, 100, 2**20) == 6
+    assert clip.per_pass(large, 500, 10) == 1

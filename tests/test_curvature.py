@@ -100,6 +100,21 @@ def test_density_has_the_moments_of_its_probes_and_finds_the_spectrum(
         curvature.spectral_density(operator, steps=68)
 
 
+def test_large_models_keep_fewer_vectors_and_find_the_same(
+    small: tuple[nn.Module, Theta, Split, Tensor], dense: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a memory for two vectors of the 67 weights: the same share of curved directions, the same eigenvalues."""
+    monkeypatch.setattr(curvature, "BASIS", 5 * 67 * 4)
+    operator = curvature.hessian(*small)
+    values = torch.linalg.eigvalsh(dense)
+    points, weights = curvature.spectral_density(operator, steps=60, probes=100)
+    assert float(weights.sum()) == pytest.approx(1)
+    above = float(weights[points > 0.01].sum())
+    assert above == pytest.approx(float((values > 0.01).double().mean()), abs=0.05)
+    assert points.max().item() == pytest.approx(values.max().item(), rel=1e-6)
+    assert float(curvature.top_eigenvalues(operator, 2)[0][1]) == pytest.approx(float(values[-2]), rel=1e-3)
+
+
 def test_curvature_along_a_direction(small: tuple[nn.Module, Theta, Split, Tensor], dense: Tensor) -> None:
     operator = curvature.hessian(*small)
     torch.manual_seed(4)

@@ -89,6 +89,7 @@ def test_checkpoint_header_names_the_model(run: Run, trained: dict[str, list[Fin
     for file in (run.cache / "finetune").glob("*/theta.safetensors"):
         with safe_open(file, "pt") as stored:
             headers.append(stored.metadata())
+    assert all(h["revision"] == tasks.fingerprint(h["task"], 224) and h["commit"] for h in headers)
     assert len(headers) == 9 and {h["model"] for h in headers} == {MODEL} and {h["task"] for h in headers} == {*TASKS}
     assert {json.dumps(asdict(d.recipe)) for models in trained.values() for d in models} == {
         h["recipe"] for h in headers
