@@ -22,6 +22,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
 from samlib import cache, report, sweep
+from samlib import grid as grid_module
 from samlib.run import interval
 
 PARAMETERS = """
@@ -88,10 +89,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def test_a_grid_is_every_combination_the_last_name_fastest() -> None:
-    assert sweep.expand({"rho": [1, 2], "seed": [0, 1, 2]}) == [
+    assert grid_module.expand({"rho": [1, 2], "seed": [0, 1, 2]}) == [
         {"rho": rho, "seed": seed} for rho in (1, 2) for seed in (0, 1, 2)
     ]
-    assert sweep.expand([{"optimizer": ["adamw"]}, {"optimizer": ["sam"], "rho": [0.1, 0.2]}]) == [
+    assert grid_module.expand([{"optimizer": ["adamw"]}, {"optimizer": ["sam"], "rho": [0.1, 0.2]}]) == [
         {"optimizer": "adamw"},
         {"optimizer": "sam", "rho": 0.1},
         {"optimizer": "sam", "rho": 0.2},
@@ -128,7 +129,7 @@ def test_mistakes_are_told_before_anything_runs(
 ) -> None:
     path = write(folder, **changes)
     with pytest.raises(ValueError, match=message) as error:
-        sweep.read(Path(path))
+        grid_module.read(Path(path))
     with pytest.raises(SystemExit) as stopped:
         sweep.main([path])
     told = capsys.readouterr().err
@@ -145,16 +146,16 @@ def test_files_that_are_no_sweep_are_refused(folder: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            sweep.read(path)
+            grid_module.read(path)
     with pytest.raises(ValueError, match="cannot read .*absent.yaml"):
-        sweep.read(folder / "absent.yaml")
+        grid_module.read(folder / "absent.yaml")
     with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
-        sweep.declared(new_notebook(cells=[new_code_cell("x = 1")]))
+        grid_module.declared(new_notebook(cells=[new_code_cell("x = 1")]))
 
 
 def test_a_files_name_follows_from_all_that_decides_its_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def names(**changes: Any) -> list[str]:
-        return [file.name for file in sweep.read(Path(write(folder, **changes))).files]
+        return [file.name for file in grid_module.read(Path(write(folder, **changes))).files]
 
     first = names()
     assert first[0].startswith("optimizer=sam_rho=0.02_seed=0-") and len(set(first)) == 3
@@ -175,7 +176,7 @@ def test_a_files_name_follows_from_all_that_decides_its_run(folder: Path, monkey
 def test_the_code_of_every_module_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(cache, "code", lambda *names: dict.fromkeys(asked.__iadd__(names), ""))
-    sweep.read(Path(write(folder)))
+    grid_module.read(Path(write(folder)))
     assert {"sam", "merge", "experiment", "tasks", "sweep"} <= set(asked)
 
 
@@ -204,11 +205,11 @@ def test_runs_share_gpus_and_a_failing_one_stops_no_other(
     assert [one[:3] for one in began] == [["asam", "0.02", "0"], ["sam", "0.02", "0"], ["sam", "0.5", "0"]]
     assert {one[4] for one in began} == {"5", "7"} and {one[3] for one in began} == {"1"}
     assert "1 of 3 runs failed" in told.err and "2 runs:" in told.out
-    asked = sweep.read(Path(path))
+    asked = grid_module.read(Path(path))
     for file, point in zip(asked.files, asked.points, strict=True):
         wrong = point["rho"] == 0.5
         assert file.exists() != wrong == sweep.failed(file).exists()
-        report = f"failed: {sweep.words(point)}\n  ValueError: rho is too large\n  {sweep.failed(file)}\n"
+        report = f"failed: {grid_module.words(point)}\n  ValueError: rho is too large\n  {sweep.failed(file)}\n"
         assert (report in told.err) == wrong
     assert len(pd.read_parquet(asked.out / "sweep.parquet")) == 2 and (asked.out / "sweep.png").exists()
     assert not list(asked.out.glob(".running-*"))
@@ -232,7 +233,7 @@ def test_runs_share_gpus_and_a_failing_one_stops_no_other(
 def test_a_killed_sweep_goes_on_where_it_was(folder: Path) -> None:
     path = write(folder, grid={"rho": [0.02], "seed": [0, 1, 2]})
     (folder / "wait").touch()  # holds all seeds but 0
-    asked = sweep.read(Path(path))
+    asked = grid_module.read(Path(path))
     process = multiprocessing.get_context("fork").Process(target=sweep.main, args=([path, "--jobs", "2"],))
     process.start()
     wait_for(lambda: asked.files[0].exists() and len(ran(folder)) > 1)
@@ -254,7 +255,7 @@ def test_a_killed_sweep_goes_on_where_it_was(folder: Path) -> None:
 
 
 def test_a_run_that_leaves_no_exception_is_told_by_its_log(folder: Path) -> None:
-    asked = sweep.read(Path(write(folder)))
+    asked = grid_module.read(Path(write(folder)))
     asked.out.mkdir()
     (folder / "08_sweep.ipynb").write_text("{}")
     file, problem = sweep.run_one(asked.notebook, asked.files[0], {}, None, None)
@@ -338,7 +339,7 @@ def test_the_figure_shows_means_with_students_interval(table: pd.DataFrame) -> N
 
 
 def test_published_tables_come_back(folder: Path, table: pd.DataFrame) -> None:
-    asked = sweep.read(Path(write(folder, grid={"seed": [0, 1]})))
+    asked = grid_module.read(Path(write(folder, grid={"seed": [0, 1]})))
     table.loc[0, "merged"] = math.nan
     path = sweep.publish(asked, table, folder)
     found = cache.read_json(path)
@@ -359,7 +360,7 @@ def test_a_figure_of_a_number_that_nobody_glued(folder: Path, capsys: pytest.Cap
 
 def test_columns_of_mixed_values_are_words(folder: Path) -> None:
     grid = [{"optimizer": ["adamw"]}, {"optimizer": ["sam"], "rho": [0.02]}]
-    asked = sweep.read(Path(write(folder, grid=grid)))
+    asked = grid_module.read(Path(write(folder, grid=grid)))
     asked.out.mkdir()
     for file in asked.files:
         notebook = new_notebook(cells=[new_code_cell("x")], metadata={"papermill": {"duration": 1.0}})
@@ -372,6 +373,6 @@ def test_columns_of_mixed_values_are_words(folder: Path) -> None:
 
 
 def test_the_books_sweep_is_one() -> None:
-    asked = sweep.read(Path(__file__).parents[1] / "notebooks" / "sweep.yaml")
+    asked = grid_module.read(Path(__file__).parents[1] / "notebooks" / "sweep.yaml")
     assert asked.notebook.name == "08_sweep.ipynb" and asked.name == "sweep"
     assert {point["optimizer"] for point in asked.points} == {"adamw", "sam", "asam"}
