@@ -91,7 +91,8 @@ def augment(images: Tensor, generator: torch.Generator, size: int | None = None)
     affine[:, 0, 2], affine[:, 1, 2] = (2 * u[2] - 1) * (1 - width), (2 * u[3] - 1) * (1 - height)
     shape = [*images.shape[:2], size, size] if size else list(images.shape)
     grid = F.affine_grid(affine.to(images.device), shape, align_corners=False)  # (B, size, size, 2)
-    return F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+    mode = "bicubic" if size and size != images.shape[-1] else "bilinear"  # bicubic to enlarge, as in the encoder
+    return F.grid_sample(images.float() / 255, grid, mode, padding_mode="border", align_corners=False).clamp(0, 1)
 
 
 def generator(purpose: str, *numbers: int) -> torch.Generator:

@@ -40,7 +40,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield scratch / path.name
         if not path.is_dir():
-            os.replace(scratch / path.name, path)
+            try:
+                os.replace(scratch / path.name, path)
+            except OSError:  # another process may have been faster
+                if not path.is_dir():
+                    raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

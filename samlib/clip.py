@@ -8,9 +8,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import open_clip
@@ -128,8 +129,9 @@ def load(device: str | torch.device = "cpu", model: str = TESTBED) -> Clip:
     Args:
         device: where the model goes.
         model: "testbed" for the embedded one, or open_clip's name of an architecture and of its weights with a slash
-            between, such as "ViT-B-32/openai" (open_clip.list_pretrained() knows them); in place of the weights a
-            safetensors file ("ViT-B-32//home/me/clip.safetensors"), or "random" for a dry run.
+            between, such as "ViT-B-32/openai" (open_clip.list_pretrained() knows them); the same with the file that
+            holds them ("ViT-B-32/openai@/home/me/open_clip_model.safetensors"), which spares the hub; other weights of
+            the architecture ("ViT-B-32//home/me/clip.safetensors"); or "random" for a dry run.
 
     Returns:
         The model in evaluation mode, fp32.
@@ -149,10 +151,10 @@ def check(model: str) -> None:
     Raises:
         ValueError: as `load`.
     """
-    name, _, weights = model.partition("/")
     if model == TESTBED:
         return
-    if name not in open_clip.list_models() or not weights:
+    name, weights, file = _parts(model)
+    if name not in open_clip.list_models() or not (weights or file):
         close = difflib.get_close_matches(name, open_clip.list_models(), 3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model must be 'testbed' or such as 'ViT-B-32/openai', not {model!r}{hint}")
@@ -160,25 +162,33 @@ def check(model: str) -> None:
     if "hf_tokenizer_name" in config["text_cfg"] or "image_size" not in config["vision_cfg"]:
         raise ValueError(f"{name} is no CLIP with CLIP's own tokenizer, such as ViT-B-32, ViT-B-16 or ViT-L-14")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights.startswith("/") and not (weights.endswith(".safetensors") and Path(weights).is_file()):
-        raise ValueError(f"the weights {weights} of {name} are no safetensors file")
-    if not weights.startswith("/") and weights not in (*tags, RANDOM):
+    if file and not (file.suffix == ".safetensors" and file.is_file()):
+        raise ValueError(f"the weights {file} of {name} are no safetensors file")
+    if weights not in (*tags, RANDOM, *([""] if file else [])):
         raise ValueError(f"open_clip has no weights {weights!r} for {name}, only {', '.join(tags) or 'none'}")
 
 
 def identity(model: str) -> str:
-    """What changes when the weights behind a model's name do: SHA-256 of the embedded file, size and age of another."""
-    file = WEIGHTS if model == TESTBED else Path(model.partition("/")[2])
+    """What stands for a model's weights without reading large ones: SHA-256 of the embedded file; else the name, and
+    size and age of a file that it names. Weights of a tag are taken to stay the same."""
     if model == TESTBED:
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
-    return f"{model} {file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_absolute() else model
+        return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.exists() else "missing"
+    file = _parts(model)[2]
+    return f"{model} {file.stat().st_size} {file.stat().st_mtime_ns}" if file else f"{model} {torch.__version__}"
+
+
+def _parts(model: str) -> tuple[str, str, Path | None]:
+    """Architecture, tag ("" for none) and file."""
+    name, _, weights = model.partition("/")
+    tag, at, file = ("", "", weights) if weights.startswith("/") else weights.partition("@")
+    return name, tag, Path(file) if file else None
 
 
 def image_size(model: str) -> int:
     """Pixels a side that a model reads, without loading it."""
     if model == TESTBED:
         return 32
-    return int(open_clip.get_model_config(model.partition("/")[0])["vision_cfg"]["image_size"])
+    return int(open_clip.get_model_config(_parts(model)[0])["vision_cfg"]["image_size"])
 
 
 def _embedded(device: str | torch.device) -> Clip:
@@ -202,28 +212,29 @@ def _embedded(device: str | torch.device) -> Clip:
 
 def _open_clip(device: str | torch.device, model: str) -> Clip:
     check(model)
-    name, _, weights = model.partition("/")
-    options: dict[str, Any] = {}
-    if weights == RANDOM:
-        digest = hashlib.sha256(f"{model} {torch.__version__}".encode()).hexdigest()
-    else:
-        file = Path(weights) if weights.startswith("/") else hub.weights(name, weights)
-        digest = hashlib.sha256(np.memmap(file).data).hexdigest()
+    name, tag, file = _parts(model)
+    released = open_clip.get_pretrained_cfg(name, tag) if tag != RANDOM else {}
+    if released.get("interpolation", "bicubic") != "bicubic" or released.get("resize_mode", "shortest") != "shortest":
+        raise ValueError(f"{model} reads images that are not resized as CLIP's are: choose other weights")
+    options: dict[str, Any] = {"force_quick_gelu": released.get("quick_gelu", False)}  # OpenAI's need it
+    if tag != RANDOM:
+        file = file or hub.weights(name, tag)
         options["pretrained"] = str(file)
-        if not weights.startswith("/"):  # OpenAI's were trained with another activation than open_clip's default
-            options["force_quick_gelu"] = open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         try:
             made = open_clip.create_model(name, **options)
         except (RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{options.get('pretrained')} does not hold the weights of {name}: {error}") from error
-    pixels = made.visual.preprocess_cfg
-    if not weights.startswith("/") and weights != RANDOM:
-        pixels = pixels | open_clip.get_pretrained_cfg(name, weights)
+            raise ValueError(f"{file} does not hold the weights of {name}: {error}") from error
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in made.visual.modules()):
+        raise ValueError(f"{name} has batch norms, whose statistics no task vector holds: choose a vision transformer")
+    pixels = made.visual.preprocess_cfg | released
     size = image_size(model)
     encoder = Encoder(made.visual, pixels["mean"], pixels["std"], size)
+    content = hashlib.sha256(np.memmap(file).data).hexdigest() if file else torch.__version__
+    decides = [name, options["force_quick_gelu"], pixels["mean"], pixels["std"], size, content]
     made.eval().to(device)
+    digest = hashlib.sha256(repr(decides).encode()).hexdigest()
     return Clip(encoder.eval().to(device), made, open_clip.get_tokenizer(name), digest, size, model)
 
 
@@ -240,10 +251,17 @@ def zero_shot_head(clip: Clip, task: Task) -> Tensor:
     Source: Radford et al. 2021 (CLIP), section 3.1.4 (prompt ensembling).
     Taught in: 03_models_and_tasks.
     """
-    return _head(clip, task.phrases, task.templates).clone()
+    heads = _HEADS.setdefault(clip, {})
+    key = task.phrases, task.templates
+    if key not in heads:
+        heads[key] = _head(clip, *key)
+    return heads[key].clone()
 
 
-@lru_cache(maxsize=32)  # hundreds of sentences, and a large model's text encoder takes its time
+# hundreds of sentences, and a large model's text encoder takes its time
+_HEADS: WeakKeyDictionary[Clip, dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor]] = WeakKeyDictionary()
+
+
 @torch.no_grad()
 def _head(clip: Clip, phrases: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
     device = clip.model.logit_scale.device

@@ -114,6 +114,8 @@ def size(model: str) -> Size:
 def memory(model: str, recipe: Recipe) -> dict[str, int]:
     """Bytes on the device while a recipe is trained, item by item; their sum is the peak.
 
+    Beside them a GPU holds the training images, as long as those of a task take less than `finetune.RESIDENT`.
+
     Args:
         model: as `clip.load` knows it.
         recipe: its micro-batch, optimiser, precision and averages count.
@@ -125,7 +127,9 @@ def memory(model: str, recipe: Recipe) -> dict[str, int]:
     """
     s = size(model)
     images = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
-    copies = (recipe.rho > 0) + (recipe.average != "none") + bool(recipe.validate_every)
+    several = images < recipe.batch_size and not recipe.shared_climb  # their gradients are summed in another place
+    copies = (recipe.rho > 0) + (recipe.average != "none") + bool(recipe.validate_every) + several
+    copies += recipe.diagnose + (recipe.optimizer == "rwp")
     half = recipe.precision != "fp32"
     return {
         "the pre-trained model": FLOAT * s.whole,
@@ -165,9 +169,12 @@ def micro_batch(model: str, batch_size: int, device: str | torch.device, precisi
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that a new process could still have on a device."""
+    """Bytes that tensors could still have on a device; of a container's own limit on the CPU it knows nothing."""
     device = torch.device(device)
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, free for tensors
+    return int(torch.cuda.mem_get_info(device)[0] + idle)
 
 
 def used_memory(device: str | torch.device) -> int:
@@ -194,14 +201,15 @@ def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "
     Args:
         clip: the model; it is not changed.
         device: where it is.
-        images: in one micro-batch.
+        images: in one micro-batch; on the CPU at most 8 are timed, where more of them take proportionally longer.
         precision: of the forward pass.
-        rounds: steps of which the fastest counts, after one that does not.
+        rounds: steps of which the fastest counts, after one that does not; only one where that took a second or more.
 
     Taught in: 04_fine_tuning.
     """
     device = torch.device(device)
     threads = torch.get_num_threads()
+    images = min(images, 8) if device.type == "cpu" else images
     x = torch.rand(images, 3, clip.size, clip.size, device=device)
 
     def best(step: Callable[[], object]) -> float:
@@ -212,6 +220,8 @@ def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - begun)
+            if len(seconds) == 2 and seconds[0] > 1:
+                break
         return min(seconds[1:])
 
     def timed(rho: float, adaptive: bool = False) -> tuple[float, float]:

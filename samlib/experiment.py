@@ -116,7 +116,7 @@ def once(
         todo: what to fine-tune.
         decides: JSON-able; with the recipes, the preset's n_eval and the code of `compute` it must decide the value.
     """
-    decides |= {"recipes": [asdict(r) for r in todo], "clip": clip.fingerprint}
+    decides |= {"recipes": [asdict(r.same()) for r in todo], "clip": clip.fingerprint}
     decides |= {"n_eval": run.preset.n_eval, "code": inspect.getsource(compute)}
     value: dict[str, Any] = run.cached(
         name, decides, lambda: compute(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
@@ -280,8 +280,9 @@ def publish_runs(run: Run, clip: Clip, measure: Measure, wanted: Sequence[tuple[
     for arm, seed, length in wanted:
         todo = recipes(run, arm, seed, length)
         steps = recipes(run, "AdamW", seed, length)[0].steps
-        own = {"arm": arm, "seed": seed, "steps": steps, "recipes": [asdict(r) for r in todo]}
-        if [Recipe(**r) for r in runs.get(_identity(own), {}).get("recipes", [])] != todo:
+        own = {"arm": arm, "seed": seed, "steps": steps, "recipes": [asdict(r.same()) for r in todo]}
+        there = [Recipe(**r).same() for r in runs.get(_identity(own), {}).get("recipes", [])]
+        if there != [r.same() for r in todo]:
             missing[arm, seed, length] = own
     if missing:
         for own, found in zip(missing.values(), measure_many(run, clip, list(missing), measure), strict=True):

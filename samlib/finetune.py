@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
     tensors = {"history": history, **best}
     tensors |= {f"theta/{name}": p for name, p in encoder.named_parameters()}
     tensors |= {f"average/{name}": p for name, p in averaged.module.named_parameters()} if averaged else {}
-    owner = f"{_same(recipe)} from {clip.fingerprint[:12]}"
+    owner = f"{recipe.same()} from {clip.fingerprint[:12]}"
     start, seconds = 0, 0.0
     looks: list[dict[str, float]] = []
     if partial_file.exists():
@@ -345,7 +345,7 @@ def _alone(device: torch.device) -> Iterator[None]:
 def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Path:
     key = store.key(
         {
-            "recipe": asdict(_same(recipe)),
+            "recipe": asdict(recipe.same()),
             "task": [tasks.fingerprint(name, clip.size) for name in recipe.tasks],
             "clip": clip.fingerprint,
             "device": device.type,
@@ -354,11 +354,6 @@ def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Pa
         }
     )
     return cache / "finetune" / key
-
-
-def _same(recipe: Recipe) -> Recipe:
-    """The recipe without what does not change its mathematics, so that a run may go on on a smaller device."""
-    return replace(recipe, micro_batch=None) if recipe.shared_climb else recipe
 
 
 def _write(done: Finetuned, clip: Clip, folder: Path) -> None:

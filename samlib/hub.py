@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +21,14 @@ WEIGHTS = "open_clip_model.safetensors"  # open_clip's file of weights; its pick
 Answer = TypeVar("Answer")
 
 
-def dataset(name: str) -> tuple[datasets.DatasetDict, str]:
-    """A dataset of the table, downloaded or from the hub's own cache.
+def dataset(name: str) -> tuple[datasets.DatasetDict, str | None]:
+    """A dataset of the table, downloaded; or, where HF_HUB_OFFLINE is set, from the hub's own cache.
 
     Args:
         name: key in HUB.
 
     Returns:
-        Its splits with columns `image` and `label`, and the commit they are from.
+        Its splits with columns `image` and `label`, and the commit they are from, None where nobody could be asked.
 
     Raises:
         ConnectionError: the hub does not answer.
@@ -37,6 +38,7 @@ def dataset(name: str) -> tuple[datasets.DatasetDict, str]:
     row = HUB[name]
     remedy = (
         f"With a network, run once: python -m samlib.tasks {name} --size SIDE (it fills {store.images_folder()}); "
+        f"if the hub's own cache has it, set HF_HUB_OFFLINE=1; "
         f"or let SAMLIB_DATA name a folder that holds {name}/train-*.parquet and {name}/test-*.parquet "
         f"with the columns image and label"
     )
@@ -47,10 +49,12 @@ def dataset(name: str) -> tuple[datasets.DatasetDict, str]:
 
     wanted = f"task {name!r} is the dataset {row.id} of the Hugging Face hub"
     offline = bool(constants.HF_HUB_OFFLINE)  # then the hub's own cache may have it
-    revision = str(row.revision) if offline else _ask(commit, wanted, remedy)
+    revision = row.revision if offline else _ask(commit, wanted, remedy)
     try:
-        return datasets.load_dataset(row.id, row.config, revision=row.revision if offline else revision), revision
+        return datasets.load_dataset(row.id, row.config, revision=revision), revision
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         raise _unreachable(wanted, error, remedy) from None
 
 
@@ -77,11 +81,16 @@ def weights(model: str, tag: str) -> Path:
     wanted = f"the weights {tag!r} of {model} are {WEIGHTS} in {repository} on the Hugging Face hub"
     remedy = (
         f"With a network, run once: python -m samlib.clip {model}/{tag}; or name a file: "
-        f"{model}//absolute/path/{WEIGHTS}"
+        f"{model}/{tag}@/absolute/path/{WEIGHTS}"
     )
     url = huggingface_hub.hf_hub_url(repository, WEIGHTS)
     _ask(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=SECONDS), wanted, remedy)
-    return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS))
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS))
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise _unreachable(wanted, error, remedy) from None
 
 
 def _ask(question: Callable[[], Answer], wanted: str, remedy: str) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samlib import cache as store
+
+FORMAT = 1  # to be raised when what `write` stores changes
 
 
 def square(image: Image.Image, side: int, border: bool = False) -> np.ndarray:
@@ -51,7 +53,7 @@ def write(folder: Path, tables: Mapping[str, datasets.Dataset], size: int, borde
         folder: to write: <split>.npy with the pixels, <split>.labels.npy, and facts.json.
         tables: by split, with columns `image` and `label`.
         size: largest side, in pixels; images that are all smaller are stored as large as the largest of them, since
-            what enlarging would add is calculated faster than it is read.
+            what enlarging would add is calculated faster than it is read. The first split decides.
         border: as for `square`; the side then is `size`.
         facts: JSON-able, stored with a `sha256` of pixels and labels for each split.
 
@@ -61,8 +63,9 @@ def write(folder: Path, tables: Mapping[str, datasets.Dataset], size: int, borde
     tables = {name: table.cast_column("image", datasets.Image(decode=False)) for name, table in tables.items()}
     with ThreadPoolExecutor() as pool:
         first = next(iter(tables.values()))
-        shorter = pool.map(lambda i: min(_open(first[i]["image"]).size), range(len(first)))
-        side = size if border else min(size, max(shorter))
+        side = size
+        if not border:
+            side = min(size, max(pool.map(lambda i: _shorter(first[i]["image"]), range(len(first)))))
         needed = sum(map(len, tables.values())) * 3 * side**2
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
@@ -76,8 +79,12 @@ def write(folder: Path, tables: Mapping[str, datasets.Dataset], size: int, borde
                 shape = (len(table), 3, side, side)
                 pixels = np.lib.format.open_memmap(scratch / f"{split}.npy", "w+", np.uint8, shape)
 
-                def put(i: int, table: datasets.Dataset = table, pixels: np.ndarray = pixels) -> None:
-                    pixels[i] = square(_open(table[i]["image"]), side, border)
+                def put(i: int, split: str = split, table: Any = table, pixels: np.ndarray = pixels) -> None:
+                    try:
+                        pixels[i] = square(_open(table[i]["image"]), side, border)
+                    except OSError as error:  # Pillow's errors are, too
+                        what = table[i]["image"]["path"] or f"number {i} of {split}"
+                        raise ValueError(f"image {what} cannot be read: {error}") from error
 
                 title = f"reading {folder.name.split('-')[0]}, {split}"
                 for _ in tqdm(pool.map(put, range(len(table))), title, len(table), unit="image", delay=2):
@@ -104,11 +111,12 @@ def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
         raise store.unreadable(folder) from error
 
 
-def overlap(seen: Tensor, held_out: Tensor, near: float = 0.99) -> tuple[int, int]:
+def overlap(seen: Sequence[Tensor], held_out: Tensor, near: float = 0.99) -> tuple[int, int]:
     """How many held-out images have a twin among the seen ones.
 
     Args:
-        seen, held_out: uint8 (N, 3, H, W) and (M, 3, H, W).
+        seen: of each split that was used, such as training and validation, uint8 (N, 3, H, W).
+        held_out: uint8 (M, 3, H, W).
         near: correlation of two thumbnails (grey, 16 x 16) from which they count as nearly equal, in (0, 1).
 
     Returns:
@@ -116,9 +124,9 @@ def overlap(seen: Tensor, held_out: Tensor, near: float = 0.99) -> tuple[int, in
 
     Taught in: 03_models_and_tasks.
     """
-    known = {hashlib.sha256(image.numpy().tobytes()).digest() for image in seen}
+    known = {hashlib.sha256(image.numpy().tobytes()).digest() for images in seen for image in images}
     exact = torch.tensor([hashlib.sha256(image.numpy().tobytes()).digest() in known for image in held_out])
-    thumbnails = _thumbnails(seen)
+    thumbnails = torch.cat([_thumbnails(images) for images in seen])
     best = torch.cat([(part @ thumbnails.T).amax(1) for part in _thumbnails(held_out).split(256)])
     return int(exact.sum()), int((exact | (best >= near)).sum())
 
@@ -130,6 +138,14 @@ def _thumbnails(images: Tensor) -> Tensor:
         grey = torch.nn.functional.interpolate(part.float().mean(1, keepdim=True), (16, 16), mode="area").flatten(1)
         parts.append(torch.nn.functional.normalize(grey - grey.mean(1, keepdim=True), dim=1))
     return torch.cat(parts)
+
+
+def _shorter(image: dict[str, Any]) -> int:
+    """Its shorter side in pixels, 0 if it cannot be read, which is told later."""
+    try:
+        return min(_open(image).size)
+    except OSError:
+        return 0
 
 
 def _open(image: dict[str, Any]) -> Image.Image:

@@ -43,7 +43,8 @@ class Preset:
             those of `paper` are the paper's.
         lr: peak learning rate.
         precision: of fine-tuning: "fp32", "bf16" (autocast over fp32 weights, which rounds small SAM steps
-            away, see benchmarks/bf16_perturbation.py), or "auto": bf16 where the device computes it natively.
+            away, see benchmarks/bf16_perturbation.py), or "auto": bf16 where the device computes it natively, else
+            fp16 on a GPU and fp32 on the CPU.
         jobs: processes on the CPU, None for one a core.
         note: what the preset costs.
     """

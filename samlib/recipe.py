@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 OPTIMIZERS = ("adamw", "sam", "asam", "rwp")
 AVERAGES = ("none", "ema", "swa")
@@ -110,6 +110,10 @@ class Recipe:
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks."""
         return tuple(self.task.split("+"))
+
+    def same(self) -> Recipe:
+        """The recipe without what changes no result, so that a run may go on on a smaller device: it names results."""
+        return replace(self, micro_batch=None) if self.shared_climb else self
 
     @property
     def gradients(self) -> int:

@@ -145,6 +145,7 @@ def begin(notebook: str, **parameters: Any) -> Run:
 
     Raises:
         ValueError: an unknown name, a value of the wrong type or out of range, or a device that is absent.
+        MemoryError: not one image of the preset's model could be trained in the memory that is free.
 
     Taught in: every notebook, first code cell.
     """

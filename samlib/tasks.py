@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from datasets.table import InMemoryTable
+from PIL import Image
 from torch import Tensor
 
 from samlib import cache as store
@@ -80,7 +81,7 @@ def known() -> tuple[str, ...]:
     data = os.environ.get("SAMLIB_DATA")
     if data and not Path(data).is_dir():
         raise ValueError(f"SAMLIB_DATA must name a folder with one folder a task, and {data} is none")
-    own = sorted(path.name for path in Path(data).iterdir() if _files(path, "train")) if data else []
+    own = sorted(path.name for path in Path(data).iterdir() if _is_task(path)) if data else []
     for name in own:
         if name in TESTBED:
             raise ValueError(f"{name!r} in SAMLIB_DATA has the name of an embedded task: rename it")
@@ -120,6 +121,8 @@ def load(name: str, size: int = SIZE) -> Task:
     facts = store.read_json(stored / "facts.json")
     templates, phrases = _prompts(name, folder)
     classes = tuple(facts["classes"])
+    for phrase in set(phrases) - set(classes):
+        raise ValueError(f"{name} has no class {phrase!r}, which its phrases name, only {', '.join(classes)}")
     return Task(
         name=name,
         classes=classes,
@@ -210,16 +213,24 @@ def _folder(name: str) -> Path | None:
     if name in TESTBED:
         return FOLDER / name
     own = Path(os.environ["SAMLIB_DATA"]) / name if "SAMLIB_DATA" in os.environ else None
-    return own if own and _files(own, "train") else None
+    return own if own and _is_task(own) else None
 
 
 def _file(folder: Path, split: str) -> Path:
     return folder / f"{split}-00000-of-00001.parquet"
 
 
+def _is_task(folder: Path) -> bool:
+    return any(folder.glob("train-*.parquet")) or any(map(_is_image, folder.glob("train/*/*")))
+
+
 def _files(folder: Path, split: str) -> list[Path]:
     """The parquet files of a split, or else its images in one folder a class."""
-    return sorted(folder.glob(f"{split}-*.parquet")) or sorted(p for p in folder.glob(f"{split}/*/*") if p.is_file())
+    return sorted(folder.glob(f"{split}-*.parquet")) or sorted(filter(_is_image, folder.glob(f"{split}/*/*")))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
 
 
 @lru_cache(maxsize=16)
@@ -244,7 +255,7 @@ def _embedded(folder: Path) -> Task:
 def _stored(name: str, folder: Path | None, size: int, cache: Path, kind: str | None = None) -> Path:
     """The folder of the task's decoded images, of a kind of damaged ones alone; filled if it is not there."""
     splits = ("train", kind) if kind else SPLITS
-    decides: dict[str, Any] = {"size": size, "kind": kind, "code": store.code("images"), "hub": repr(HUB.get(name))}
+    decides: dict[str, Any] = {"size": size, "kind": kind, "format": images.FORMAT, "hub": repr(HUB.get(name))}
     if folder:
         files = [path for split in splits for path in _files(folder, split)]
         decides["hub"] = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -258,19 +269,20 @@ def _stored(name: str, folder: Path | None, size: int, cache: Path, kind: str | 
 
 
 def _local(folder: Path, splits: Iterable[str]) -> dict[str, datasets.Dataset]:
-    """The splits of a task of the reader's own, from parquet files or folders of images."""
-    files = {split: _files(folder, split) for split in splits}
+    """The splits of a task of the reader's own, from parquet files or folders of images; nothing asks the network."""
+    classes = sorted({path.parent.name for path in _files(folder, "train")})
     tables = {}
-    for split, paths in files.items():
-        if not paths:
-            continue
-        kind, options = "imagefolder", {"drop_labels": False}
-        if paths[0].suffix == ".parquet":
-            _readable(pyarrow.parquet.read_schema, paths[0])
-            kind, options = "parquet", {}
-        data = [str(path) for path in paths]
-        scratch = str(store.images_folder() / "datasets")
-        tables[split] = datasets.load_dataset(kind, split="train", data_files=data, cache_dir=scratch, **options)
+    for split in splits:
+        paths = _files(folder, split)
+        if paths and paths[0].suffix == ".parquet":
+            tables[split] = datasets.concatenate_datasets([_table(path) for path in paths])
+        elif paths:
+            for path in paths:
+                if path.parent.name not in classes:
+                    raise ValueError(f"{path.parent} is no class of {folder / 'train'}: {', '.join(classes)}")
+            features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+            columns = {"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}
+            tables[split] = datasets.Dataset.from_dict(columns, features)
     return tables
 
 
@@ -304,6 +316,8 @@ def _with_validation(tables: dict[str, datasets.Dataset]) -> dict[str, datasets.
     n = len(tables["train"])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     held = min(n // 10, 5000)
+    if not held:
+        raise ValueError(f"{n} training images are too few to set a tenth aside: add some, or a validation split")
     kept = order[held:].sort().values.tolist()
     return tables | {"train": tables["train"].select(kept), "validation": tables["train"].select(order[:held].tolist())}
 
@@ -362,12 +376,12 @@ def main() -> None:
             task = load(name, a.size)
         except (KeyError, ValueError, ConnectionError) as error:
             parser.error(str(error))
-        exact, near = images.overlap(task.train.images, task.test.images)
+        exact, near = images.overlap([task.train.images, task.validation.images], task.test.images)
         side, revision = task.train.images.shape[-1], f", revision {task.revision}" if task.revision else ""
         print(
             f"{name}: {len(task.classes)} classes, {len(task.train)} + {len(task.validation)} training and validation, "
             f"{len(task.test)} test images of {side} x {side} pixels{revision}; "
-            f"of the test images {exact} are in the training images, {near} nearly"
+            f"of the test images {exact} are among the others, {near} nearly"
         )
 
 

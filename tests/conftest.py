@@ -58,6 +58,8 @@ class TinyClip:
     model: Any
     tokenizer: Any
     fingerprint: str
+    size: int = 32
+    name: str = "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -92,4 +94,5 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAMLIB_DATA", str(folder))
         patch.setenv("SAMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("SAMLIB_IMAGES", raising=False)
         yield folder

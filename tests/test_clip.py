@@ -195,7 +195,8 @@ def test_without_a_network_the_error_names_weights_and_remedies(monkeypatch: pyt
 
 
 def test_small_images_are_enlarged_as_pillow_does() -> None:
-    small = (torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    draw = torch.Generator().manual_seed(0)
+    small = (torch.rand(3, 28, 28, generator=draw) * 90 + 80).to(torch.uint8)  # where nothing is clipped on the way
     seen = {}
     encoder = clip.Encoder(torch.nn.Flatten(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 112)
     encoder.visual.register_forward_hook(lambda _m, inputs, _o: seen.update(x=inputs[0]))
@@ -210,3 +211,20 @@ def test_fewer_large_images_go_through_at_once(testbed: Clip) -> None:
     large = clip.Encoder(torch.nn.Identity(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 224)
     assert clip.per_pass(large, 500) == 111 and clip.per_pass(large, 100, 2**20) == 6
     assert clip.per_pass(large, 500, 10) == 1
+
+
+def test_the_configuration_is_part_of_the_fingerprint(
+    released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file with and without what its tag says about it: other models, with keys of their own."""
+    file, _ = released
+    tag = {"hf_hub": "someone/tiny/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-ViT", {"openai": tag})
+    plain, named = clip.load(model=f"tiny-ViT/{file}"), clip.load(model=f"tiny-ViT/openai@{file}")
+    assert plain.fingerprint != named.fingerprint
+    assert "QuickGELU" in {type(m).__name__ for m in named.encoder.modules()}
+
+
+def test_batch_norms_are_refused() -> None:
+    with pytest.raises(ValueError, match="RN50 has batch norms"):
+        clip.load(model="RN50/random")

@@ -215,7 +215,7 @@ def test_label_noise_is_training_on_wrong_labels(tiny: Any, tmp_path: Path, monk
     task = tasks.load(RECIPE.task)
     wrong = batches.mislabel(task.train.labels, len(task.classes), 0.5, batches.generator("labels", 3))
     changed = dataclasses.replace(task, train=tasks.Split(task.train.images, wrong))
-    monkeypatch.setattr(tasks, "load", lambda name: changed)
+    monkeypatch.setattr(tasks, "load", lambda name, size: changed)
     by_hand = finetune.finetune(dataclasses.replace(RECIPE, seed=3), tiny, "cpu", tmp_path / "b")
     assert same(noisy.theta, by_hand.theta)
     assert (noisy.train_loss, noisy.train_accuracy) == (by_hand.train_loss, by_hand.train_accuracy)
@@ -227,10 +227,10 @@ def test_divergence_names_task_step_and_remedy(
 ) -> None:
     calls = 0
 
-    def poisoned(images: Tensor, generator: torch.Generator) -> Tensor:
+    def poisoned(images: Tensor, *others: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return batches.augment(images, generator) * (math.nan if calls == 4 else 1)
+        return batches.augment(images, *others) * (math.nan if calls == 4 else 1)
 
     monkeypatch.setattr(finetune, "augment", poisoned)
     recipe = dataclasses.replace(RECIPE, optimizer=optimizer, rho=0.05 if optimizer == "sam" else 0.0)
@@ -509,9 +509,9 @@ def _killed(tiny: Any, recipe: Recipe, folder: Path, step: int, place: str) -> N
         die_at("writing the checkpoint", path)
         save_file(tensors, path, metadata)
 
-    def writing(tensors: Any, path: Path) -> None:
+    def writing(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
         die_at("writing the result", path)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     restored = finetune.sam.SAM.restore
     finetune.sam.SAM.restore = restore  # type: ignore[method-assign]

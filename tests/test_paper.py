@@ -120,8 +120,11 @@ def test_an_interrupted_run_goes_on_with_other_micro_batches(
         finetune(whole.recipe, clip, run.device, tmp_path)
     again = finetune(replace(whole.recipe, micro_batch=2), clip, run.device, tmp_path)
     assert len(calls) == 2 + (whole.recipe.steps - 1)  # nothing was done twice but what was cut off
-    for name, w in again.theta.items():
-        torch.testing.assert_close(w, whole.theta[name], rtol=1e-3, atol=2 * whole.recipe.lr)
+    start = clip_module.theta(clip.encoder)
+    way = sum(float((w - start[name]).square().sum()) for name, w in whole.theta.items())
+    apart = sum(float((again.theta[name] - w).square().sum()) for name, w in whole.theta.items())
+    assert apart < 0.04 * way, f"{(apart / way) ** 0.5:.3f} of the way; sums in another order turn some of Adam's signs"
+    assert again.log["loss"].to_numpy() == pytest.approx(whole.log["loss"].to_numpy(), rel=1e-3)
 
 
 def test_merge_measure_and_look_at_the_curvature(

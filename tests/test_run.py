@@ -116,6 +116,7 @@ def test_the_paper_preset_chooses_a_micro_batch_that_fits(monkeypatch: pytest.Mo
     monkeypatch.setattr(estimate, "free_memory", lambda device: 12 * 10**9)
     p = begin("demo", preset="paper", device="cpu").preset
     assert (p.model, p.micro_batch, p.batch_size, p.tasks) == ("ViT-B-32/openai", 128, 128, tuple(HUB))
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 20 * 10**9)
     assert begin("demo", preset="paper", device="cpu", model="ViT-L-14/openai").preset.micro_batch == 8
     monkeypatch.setattr(estimate, "free_memory", lambda device: 10**9)
     with pytest.raises(MemoryError, match="ViT-B-32/openai needs .* GB to be trained, 0.8 GB are free"):

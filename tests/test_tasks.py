@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_fingerprint_follows_the_files(tmp_path: Path, monkeypatch: pytest.Monke
     for seed in (0, 0, 1):
         tasks._stored.cache_clear()
         for split in ("train", "test"):
-            write_split(tmp_path / "mine" / f"{split}-00000-of-00001.parquet", [0, 1], ["x", "y"], seed)
+            write_split(tmp_path / "mine" / f"{split}-00000-of-00001.parquet", [0, 1] * 5, ["x", "y"], seed)
         prints.append(tasks.fingerprint("mine"))
     assert prints[0] == prints[1] != prints[2]
 
@@ -168,6 +169,50 @@ def test_prompts_of_an_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "mine" / "task.json").write_text('{"templates": ["a sketch"]}')
     with pytest.raises(ValueError, match="task.json may hold .*one {} each"):
         tasks.load("mine")
+    (tmp_path / "mine" / "task.json").write_text('{"phrases": {"cats": "a kitten"}}')
+    with pytest.raises(ValueError, match="mine has no class 'cats', which its phrases name, only cat, hot dog"):
+        tasks.load("mine")
+
+
+def test_odd_names_and_files_in_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets are no patterns, hidden files and notes are no images, a damaged image is named."""
+    data = tmp_path / "data [1]"
+    for split in ("train", "test"):
+        photographs(data / "mine", [30] * 6, split)
+    Image.new("L", (30, 30), 1).save(data / "mine" / "train" / "cat" / "1[0].png")
+    (data / "mine" / "train" / "cat" / "._1.png").write_bytes(b"x")
+    (data / "mine" / "train" / "cat" / "notes.csv").write_text("a,b")
+    monkeypatch.setenv("SAMLIB_DATA", str(data))
+    task = tasks.load("mine", 64)
+    assert len(task.train) + len(task.validation) == 13
+    (data / "mine" / "test" / "cat" / "torn.png").write_bytes(b"no image")
+    tasks._stored.cache_clear()
+    with pytest.raises(ValueError, match="torn.png cannot be read"):
+        tasks.load("mine", 64)
+    (data / "mine" / "test" / "cow").mkdir()
+    (data / "mine" / "test" / "cat" / "torn.png").rename(data / "mine" / "test" / "cow" / "torn.png")
+    with pytest.raises(ValueError, match="cow is no class of .*train: cat, hot dog"):
+        tasks.load("mine", 64)
+
+
+def test_too_few_images_for_a_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        photographs(tmp_path / "few", [30] * 4, split)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="8 training images are too few"):
+        tasks.load("few")
+
+
+def test_own_tasks_never_ask_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("asked the network")
+
+    for split in ("train", "test"):
+        write_split(tmp_path / "mine" / f"{split}-00000-of-00001.parquet", [0, 1] * 10, ["x", "y"], 0)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert len(tasks.load("mine", 40).train) == 18
 
 
 def test_text_labels_and_damaged_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +255,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch: pytest.MonkeyP
         time.sleep(60)
 
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: type("Api", (), {"dataset_info": staticmethod(hang)}))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "SECONDS", 0.2)
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match="'dtd' is the dataset tanganke/dtd .*python -m samlib.tasks dtd.*SAMLIB"):
@@ -230,6 +276,7 @@ def test_a_task_of_the_hub_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> N
         return datasets.DatasetDict(train=table, test=table.select(range(5)), contrast=table)
 
     info = type("Info", (), {"sha": "abc123"})
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: type("Api", (), {"dataset_info": lambda *_, **__: info}))
     monkeypatch.setattr(hub.datasets, "load_dataset", fetch)
     task = tasks.load("dtd", 224)
@@ -262,13 +309,13 @@ def test_overlap_counts_twins_and_near_twins() -> None:
     seen = torch.nn.functional.interpolate(coarse.float(), (48, 48), mode="bilinear").to(torch.uint8)
     noise = torch.randint(-2, 3, seen[:3].shape, generator=draw)
     near = (seen[:3].int() + noise).clamp(0, 255).to(torch.uint8)
-    assert images.overlap(seen[:20], torch.cat([seen[5:9], seen[20:], near])) == (4, 7)
-    assert images.overlap(seen[:20], seen[20:]) == (0, 0)
+    assert images.overlap([seen[:10], seen[10:20]], torch.cat([seen[5:9], seen[20:], near])) == (4, 7)
+    assert images.overlap([seen[:20]], seen[20:]) == (0, 0)
 
 
 def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("train", "test"):
-        write_split(tmp_path / "big" / f"{split}-00000-of-00001.parquet", [0, 1], ["x", "y"], 0)
+        write_split(tmp_path / "big" / f"{split}-00000-of-00001.parquet", [0, 1] * 5, ["x", "y"], 0)
     monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
     monkeypatch.setattr(images.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(ValueError, match="0.0 GB left"):
