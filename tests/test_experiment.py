@@ -105,7 +105,7 @@ def test_publishing_goes_on_where_it_stopped_and_replaces_other_recipes(
 
     monkeypatch.setattr(experiment, "measure_many", measured)
     monkeypatch.setattr(experiment, "zero_shot", lambda run, clip: {})
-    monkeypatch.setattr(experiment.clip_module, "load", lambda device: tiny)
+    monkeypatch.setattr(experiment.clip_module, "load", lambda device, model: tiny)
     monkeypatch.setattr("sys.argv", ["experiment", "--preset", "smoke", "--lengths", "1"])
     here = dataclasses.replace(run, notebook="experiment")
     monkeypatch.setattr(experiment, "begin", lambda notebook, preset: here)

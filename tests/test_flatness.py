@@ -154,7 +154,7 @@ def test_a_command_measures_what_is_missing_seed_after_seed(
     here = dataclasses.replace(run, notebook="regimes", preset=preset)
     monkeypatch.setattr(experiment, "measure_many", measured)
     monkeypatch.setattr(experiment, "zero_shot", lambda run, clip: {})
-    monkeypatch.setattr(experiment.clip_module, "load", lambda device: tiny)
+    monkeypatch.setattr(experiment.clip_module, "load", lambda device, model: tiny)
     monkeypatch.setattr(experiment, "begin", lambda notebook, preset: here)
     arms = ["AdamW", "AdamW, 2x steps", "SAM, rho 0.25"]
     for seeds in (["1"], ["1", "0"]):
