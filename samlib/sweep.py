@@ -244,6 +244,7 @@ def draw(table: pd.DataFrame, ax: Axes, x: str, y: str, hue: str | None = None) 
         positive = [value for value in values if value > 0]
         if positive and values[0] >= 0 and positive[-1] >= 10 * positive[0]:
             ax.set_xscale("symlog", linthresh=positive[0]) if values[0] == 0 else ax.set_xscale("log")
+            ax.set_xlim(-0.3 * positive[0] if values[0] == 0 else positive[0] / 1.5, 1.5 * positive[-1])
         if len(values) <= 12:
             ax.set_xticks(values, [f"{value:g}" for value in values])
             ax.minorticks_off()
