@@ -218,7 +218,7 @@ def _open_clip(device: str | torch.device, model: str) -> Clip:
         raise ValueError(f"{model} reads images that are not resized as CLIP's are: choose other weights")
     options: dict[str, Any] = {"force_quick_gelu": released.get("quick_gelu", False)}  # OpenAI's need it
     if tag != RANDOM:
-        file = file or hub.weights(name, tag)
+        file = file or hub.weights(name, tag, released.get("hf_hub", ""))
         options["pretrained"] = str(file)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

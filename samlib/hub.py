@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import datasets
 import huggingface_hub
-import open_clip
 from huggingface_hub import constants
 
 from samlib import cache as store
@@ -58,12 +57,13 @@ def dataset(name: str) -> tuple[datasets.DatasetDict, str | None]:
         raise _unreachable(wanted, error, remedy) from None
 
 
-def weights(model: str, tag: str) -> Path:
+def weights(model: str, tag: str, repository: str) -> Path:
     """The file of a pre-trained open_clip model, downloaded or from the hub's own cache.
 
     Args:
         model: open_clip's name of the architecture, such as "ViT-B-32".
         tag: open_clip's name of the weights, such as "openai".
+        repository: where open_clip says that they are on the hub, "owner/name" or "".
 
     Returns:
         A safetensors file.
@@ -72,7 +72,7 @@ def weights(model: str, tag: str) -> Path:
         ValueError: they are not on the hub.
         ConnectionError: the hub does not answer.
     """
-    repository = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").rstrip("/")
+    repository = repository.rstrip("/")
     if repository.count("/") != 1:
         raise ValueError(f"the weights {tag!r} of {model} are not on the hub as safetensors: choose other ones")
     found = huggingface_hub.try_to_load_from_cache(repository, WEIGHTS)
