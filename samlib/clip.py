@@ -180,7 +180,7 @@ def identity(model: str) -> str:
 def _parts(model: str) -> tuple[str, str, Path | None]:
     """Architecture, tag ("" for none) and file."""
     name, _, weights = model.partition("/")
-    tag, at, file = ("", "", weights) if weights.startswith("/") else weights.partition("@")
+    tag, _, file = ("", "", weights) if weights.startswith("/") else weights.partition("@")
     return name, tag, Path(file) if file else None
 
 

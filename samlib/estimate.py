@@ -23,11 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from samlib import clip as clip_module
 from samlib import sam
 from samlib.clip import Clip
-from samlib.recipe import Recipe
+from samlib.recipe import PRECISIONS, Recipe
 
 FLOAT = 4  # bytes: weights, gradients and moments are fp32 whatever the precision of the forward pass
 SHARE = 0.85  # of the free memory that a run may take
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,9 @@ def memory(model: str, recipe: Recipe) -> dict[str, int]:
     Taught in: 04_fine_tuning.
     """
     s = size(model)
-    images = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
-    several = images < recipe.batch_size and not recipe.shared_climb  # their gradients are summed in another place
+    several = (
+        recipe.per_pass < recipe.batch_size and not recipe.shared_climb
+    )  # their gradients are summed in another place
     copies = (recipe.rho > 0) + (recipe.average != "none") + bool(recipe.validate_every) + several
     copies += recipe.diagnose + (recipe.optimizer == "rwp")
     half = recipe.precision != "fp32"
@@ -139,7 +139,7 @@ def memory(model: str, recipe: Recipe) -> dict[str, int]:
         "weights to come back to": copies * FLOAT * s.encoder,
         "weights handed back": FLOAT * s.encoder,
         "the batch": 2 * recipe.batch_size * FLOAT * s.pixels,
-        "activations": images * s.activations // (2 if half else 1),
+        "activations": recipe.per_pass * s.activations // (2 if half else 1),
     }
 
 
@@ -279,8 +279,7 @@ def table(clip: Clip, device: str | torch.device, arms: dict[str, Sequence[Recip
     Taught in: 04_fine_tuning.
     """
     recipe = next(iter(arms.values()))[0]
-    images = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
-    measured = pace(clip, device, images, recipe.precision)
+    measured = pace(clip, device, recipe.per_pass, recipe.precision)
     stored = FLOAT * size(clip.name).encoder / 1e9
     rows = {
         arm: {
@@ -299,10 +298,9 @@ def summary(clip: Clip, device: str | torch.device, arms: dict[str, Sequence[Rec
     """`table` in one sentence, for the top of a chapter."""
     t = table(clip, device, arms)
     recipe = next(iter(arms.values()))[0]
-    batch = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
     return (
         f"Fine-tuning, if nothing is stored: {t.models.sum()} models of {clip.name}, {t.gradients.sum():,} gradients "
-        f"of {recipe.batch_size} images ({batch} in one pass, {recipe.precision}), about {t.hours.sum():.2g} hours of "
-        f"one process on {device}, {t['memory (GB)'].max():.2g} of {free_memory(device) / 1e9:.0f} GB of memory, "
+        f"of {recipe.batch_size} images ({recipe.per_pass} in one pass, {recipe.precision}), about "
+        f"{t.hours.sum():.2g} hours of one process on {device}, {t['memory (GB)'].max():.2g} of {free_memory(device) / 1e9:.0f} GB of memory, "
         f"{t['disk (GB)'].sum():.2g} GB on the disk."
     )

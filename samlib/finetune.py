@@ -30,10 +30,9 @@ from samlib import cache as store
 from samlib import clip as clip_module
 from samlib.batches import augment, batch_indices, lr_at
 from samlib.clip import Clip, Theta
-from samlib.recipe import SWA_SHARE, Recipe
+from samlib.recipe import PRECISIONS, SWA_SHARE, Recipe
 
 COLUMNS = ("loss", "loss_perturbed", "grad_norm")  # of the log, measured at every step
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTS = ("seconds", "train_loss", "train_accuracy", "skipped")  # of a result, beside weights and log
 CHECKPOINT_SECONDS = 60.0
 RESIDENT = 2**30  # bytes of training images that are kept on the device
@@ -415,7 +414,7 @@ def main() -> None:
         parser.error(str(error))
     if a.estimate:
         needed = sum(estimate.memory(a.model, recipe).values())
-        pace = estimate.pace(clip, device, recipe.micro_batch or recipe.batch_size, recipe.precision)
+        pace = estimate.pace(clip, device, recipe.per_pass, recipe.precision)
         print(f"{needed / 1e9:.3f} GB of memory, {estimate.seconds(pace, recipe) / recipe.steps:.3f} s a step")
         return
     done = finetune(recipe, clip, device, a.cache)

@@ -52,8 +52,6 @@ def dataset(name: str) -> tuple[datasets.DatasetDict, str | None]:
     try:
         return datasets.load_dataset(row.id, row.config, revision=revision), revision
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
         raise _unreachable(wanted, error, remedy) from None
 
 
@@ -88,8 +86,6 @@ def weights(model: str, tag: str, repository: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS))
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
         raise _unreachable(wanted, error, remedy) from None
 
 
@@ -112,6 +108,9 @@ def _ask(question: Callable[[], Answer], wanted: str, remedy: str) -> Answer:
     return answer
 
 
-def _unreachable(wanted: str, error: Exception, remedy: str) -> ConnectionError:
+def _unreachable(wanted: str, error: Exception, remedy: str) -> Exception:
+    """What to raise: the one helpful error, but a full disk is told as what it is."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return error
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return ConnectionError(f"{wanted}, which cannot be had here ({reason}). {remedy}")

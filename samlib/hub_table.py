@@ -36,8 +36,8 @@ class HubTask:
     corruptions: tuple[str, ...] = ()
 
 
-def _two(before: str, after: str = "") -> tuple[str, str]:
-    return f"{before} a {{}}{after}.", f"{before} the {{}}{after}."
+def _two(before: str) -> tuple[str, str]:
+    return f"{before} a {{}}.", f"{before} the {{}}."
 
 
 _VIEWS = tuple(f"{kind} {what} of" for what in ("imagery", "photo", "view") for kind in ("satellite", "aerial"))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
 OPTIMIZERS = ("adamw", "sam", "asam", "rwp")
 AVERAGES = ("none", "ema", "swa")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SWA_SHARE = 0.25  # of the steps at the end, whose weights SWA averages
 
 
@@ -99,7 +102,7 @@ class Recipe:
             "n_train": (self.n_train is None or whole(self.n_train, 1), "an integer >= 1 or None"),
             "label_noise": (0 <= self.label_noise < 1, "in [0, 1)"),
             "seed": (whole(self.seed, 0), "an integer >= 0"),
-            "precision": (self.precision in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
+            "precision": (self.precision in PRECISIONS, "fp32, bf16 or fp16"),
             "validate_every": (self.validate_every is None or whole(self.validate_every, 1), "an integer >= 1 or None"),
         }
         for name, (holds, allowed) in rules.items():
@@ -110,6 +113,11 @@ class Recipe:
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks."""
         return tuple(self.task.split("+"))
+
+    @property
+    def per_pass(self) -> int:
+        """Images in one forward pass of a single process."""
+        return min(self.micro_batch or self.batch_size, self.batch_size)
 
     def same(self) -> Recipe:
         """The recipe without what changes no result, so that a run may go on on a smaller device: it names results."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -119,20 +118,8 @@ def load(name: str, size: int = SIZE) -> Task:
         return _embedded(folder)
     stored = _stored(name, folder, size, store.images_folder())
     facts = store.read_json(stored / "facts.json")
-    templates, phrases = _prompts(name, folder)
-    classes = tuple(facts["classes"])
-    for phrase in set(phrases) - set(classes):
-        raise ValueError(f"{name} has no class {phrase!r}, which its phrases name, only {', '.join(classes)}")
-    return Task(
-        name=name,
-        classes=classes,
-        phrases=tuple(phrases.get(c, c.replace("_", " ")) for c in classes),
-        templates=templates,
-        train=Split(*images.read(stored, "train")),
-        validation=Split(*images.read(stored, "validation")),
-        test=Split(*images.read(stored, "test")),
-        revision=facts["revision"],
-    )
+    splits = [Split(*images.read(stored, split)) for split in SPLITS]
+    return _task(name, folder, tuple(facts["classes"]), splits, facts["revision"])
 
 
 def corrupted(name: str, kind: str, size: int = SIZE) -> Split:
@@ -233,32 +220,39 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
 
 
-@lru_cache(maxsize=16)
-def _embedded(folder: Path) -> Task:
-    tables = {split: _table(_file(folder, split)) for split in SPLITS if _file(folder, split).exists()}
-    classes, tables = _checked(folder.name, tables)
-    tables = _with_validation(tables)
-    splits = [Split(_pixels(tables[split]), torch.tensor(tables[split]["label"])) for split in SPLITS]
-    info = TASK_TABLE[folder.name]
+def _task(
+    name: str, folder: Path | None, classes: tuple[str, ...], splits: Sequence[Split], revision: str | None = None
+) -> Task:
+    templates, phrases = _prompts(name, folder)
+    for phrase in set(phrases) - set(classes):
+        raise ValueError(f"{name} has no class {phrase!r}, which its phrases name, only {', '.join(classes)}")
     return Task(
-        name=folder.name,
+        name=name,
         classes=classes,
-        phrases=tuple(info.prompts.get(c, c) for c in classes),
-        templates=info.templates,
+        phrases=tuple(phrases.get(c, c.replace("_", " ")) for c in classes),
+        templates=templates,
         train=splits[0],
         validation=splits[1],
         test=splits[2],
+        revision=revision,
     )
+
+
+@lru_cache(maxsize=16)
+def _embedded(folder: Path) -> Task:
+    classes, tables = _checked(folder.name, _local(folder, SPLITS))
+    tables = _with_validation(tables)
+    splits = [Split(_pixels(tables[split]), torch.tensor(tables[split]["label"])) for split in SPLITS]
+    return _task(folder.name, folder, classes, splits)
 
 
 @lru_cache(maxsize=64)
 def _stored(name: str, folder: Path | None, size: int, cache: Path, kind: str | None = None) -> Path:
     """The folder of the task's decoded images, of a kind of damaged ones alone; filled if it is not there."""
     splits = ("train", kind) if kind else SPLITS
-    decides: dict[str, Any] = {"size": size, "kind": kind, "format": images.FORMAT, "hub": repr(HUB.get(name))}
-    if folder:
-        files = [path for split in splits for path in _files(folder, split)]
-        decides["hub"] = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    files = [path for split in splits for path in _files(folder, split)] if folder else []
+    source = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files if folder]
+    decides = {"size": size, "kind": kind, "format": images.FORMAT, "source": source or repr(HUB[name])}
     stored = cache / f"{name}-{size}-{store.key(decides)}"
     if not stored.is_dir():
         tables, revision = (_local(folder, splits), None) if folder else hub.dataset(name)
@@ -350,12 +344,8 @@ def _fingerprint(folder: Path) -> str:
 
 def _table(path: Path) -> datasets.Dataset:
     """A parquet file in the layout of the Hugging Face hub, read into memory."""
-    return datasets.Dataset(InMemoryTable(_readable(pyarrow.parquet.read_table, path)))
-
-
-def _readable(read: Any, path: Path) -> Any:
     try:
-        return read(path)
+        return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"cannot read {path}: it is truncated or no parquet file") from error
 

@@ -121,6 +121,14 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, open_clip.
     return file, model
 
 
+@pytest.fixture
+def tagged(released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same file as weights "openai" of a table like open_clip's, with an activation and pixels of their own."""
+    tag = {"hf_hub": "someone/tiny/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-ViT", {"openai": tag})
+    return released[0]
+
+
 def test_open_clip_model_by_file(released: tuple[Path, open_clip.CLIP]) -> None:
     file, model = released
     found = clip.load(model=f"tiny-ViT/{file}")
@@ -137,20 +145,17 @@ def test_open_clip_model_by_file(released: tuple[Path, open_clip.CLIP]) -> None:
 
 
 def test_weights_of_a_tag_come_with_their_activation(
-    released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatch
+    tagged: Path, released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenAI's models need QuickGELU, which open_clip's configurations leave out."""
-    file, model = released
-    tag = {"hf_hub": "someone/tiny/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-ViT", {"openai": tag})
     asked = []
-    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *a: asked.append(a) or str(file))
+    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *a: asked.append(a) or str(tagged))
     found = clip.load(model="tiny-ViT/openai")
     assert asked == [("someone/tiny", "open_clip_model.safetensors")]
     kinds = {type(m).__name__ for m in found.encoder.modules()}
     assert "QuickGELU" in kinds and "GELU" not in kinds
     assert found.encoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert torch.equal(found.encoder.visual.proj, model.visual.proj)
+    assert torch.equal(found.encoder.visual.proj, released[1].visual.proj)
 
 
 def test_random_weights_are_the_same_every_time(released: tuple[Path, open_clip.CLIP]) -> None:
@@ -213,14 +218,9 @@ def test_fewer_large_images_go_through_at_once(testbed: Clip) -> None:
     assert clip.per_pass(large, 500, 10) == 1
 
 
-def test_the_configuration_is_part_of_the_fingerprint(
-    released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_configuration_is_part_of_the_fingerprint(tagged: Path) -> None:
     """The same file with and without what its tag says about it: other models, with keys of their own."""
-    file, _ = released
-    tag = {"hf_hub": "someone/tiny/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-ViT", {"openai": tag})
-    plain, named = clip.load(model=f"tiny-ViT/{file}"), clip.load(model=f"tiny-ViT/openai@{file}")
+    plain, named = clip.load(model=f"tiny-ViT/{tagged}"), clip.load(model=f"tiny-ViT/openai@{tagged}")
     assert plain.fingerprint != named.fingerprint
     assert "QuickGELU" in {type(m).__name__ for m in named.encoder.modules()}
 
