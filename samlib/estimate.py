@@ -125,9 +125,7 @@ def memory(model: str, recipe: Recipe) -> dict[str, int]:
     Taught in: 04_fine_tuning.
     """
     s = size(model)
-    several = (
-        recipe.per_pass < recipe.batch_size and not recipe.shared_climb
-    )  # their gradients are summed in another place
+    several = recipe.per_pass < recipe.batch_size and not recipe.shared_climb  # climbs: gradients are summed elsewhere
     copies = (recipe.rho > 0) + (recipe.average != "none") + bool(recipe.validate_every) + several
     copies += recipe.diagnose + (recipe.optimizer == "rwp")
     half = recipe.precision != "fp32"
@@ -301,6 +299,6 @@ def summary(clip: Clip, device: str | torch.device, arms: dict[str, Sequence[Rec
     return (
         f"Fine-tuning, if nothing is stored: {t.models.sum()} models of {clip.name}, {t.gradients.sum():,} gradients "
         f"of {recipe.batch_size} images ({recipe.per_pass} in one pass, {recipe.precision}), about "
-        f"{t.hours.sum():.2g} hours of one process on {device}, {t['memory (GB)'].max():.2g} of {free_memory(device) / 1e9:.0f} GB of memory, "
-        f"{t['disk (GB)'].sum():.2g} GB on the disk."
+        f"{t.hours.sum():.2g} hours of one process on {device}, {t['memory (GB)'].max():.2g} of "
+        f"{free_memory(device) / 1e9:.0f} GB of memory, {t['disk (GB)'].sum():.2g} GB on the disk."
     )
