@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+from samlib import catalogue, tasks
 from samlib import clip as clip_module
-from samlib import tasks
 from samlib.experiment import measure_many, recipes, zero_shot
 from samlib.finetune import finetune_many
 from samlib.run import begin
 
-CARD = clip_module.FOLDER / "README.md"
+CARD = catalogue.WEIGHTS.with_name("README.md")
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 

@@ -2,66 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import open_clip
 import safetensors
 import safetensors.torch
-import timm
 import torch
-from open_clip.tokenizer import SimpleTokenizer
-from timm.layers import GroupNorm1, HybridEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from samlib import hub
+from samlib import catalogue, hub
 from samlib.cache import unreadable
+from samlib.catalogue import CONFIG, RANDOM, TESTBED, WEIGHTS
 from samlib.checkpoint import Theta
 from samlib.tasks import Split, Task
 
-FOLDER = Path(__file__).parent / "testbed" / "model"
-WEIGHTS = FOLDER / "model.safetensors"
-TESTBED = "testbed"  # name of the embedded model
-RANDOM = "random"  # in place of a tag: no pre-trained weights
+if TYPE_CHECKING:  # many seconds to import: what has no need of a model does not wait for it
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
 ROWS = "token_rows"  # (V,) the ids of the tokens that pre-training touched, beside their embeddings
-
-default_cfgs = generate_default_cfgs({"vit_convstem_32": {"input_size": (3, 32, 32)}})  # timm looks for this name
-
-
-@timm.models.register_model
-def vit_convstem_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """A ViT for 32-pixel images: three stride-2 convolutions make 16 tokens, four blocks of width 144 read them."""
-    width = 144
-    stem = ConvStem(
-        depth=3, channels=(24, 64, width), stride=(2, 2, 2), norm_layer=GroupNorm1, act_layer=nn.GELU
-    )  # (B, 3, 32, 32) -> (B, 144, 4, 4)
-    arguments = {
-        "img_size": 32,
-        "patch_size": 1,
-        "embed_dim": width,
-        "depth": 4,
-        "num_heads": 4,
-        "class_token": False,
-        "global_pool": "avg",
-        "embed_layer": partial(HybridEmbed, backbone=stem, proj=False),
-    }
-    model = build_model_with_cfg(VisionTransformer, "vit_convstem_32", pretrained, **{**arguments, **kwargs})
-    for block in model.blocks:  # fused attention has no second derivative, and is slow in bf16 on the CPU
-        block.attn.fused_attn = False  # type: ignore[union-attr]
-    return model
 
 
 class Encoder(nn.Module):
@@ -117,7 +82,12 @@ class Clip:
 
 def build() -> tuple[open_clip.CLIP, Encoder, SimpleTokenizer]:
     """The testbed's architecture at random initialisation: the model, its image encoder and its tokenizer."""
-    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
+    from samlib import architecture  # noqa: F401  (config.json names what it registers)
+
+    config = json.loads(CONFIG.read_text(encoding="utf-8"))
     model = open_clip.CLIP(**config["model_cfg"])
     encoder = Encoder(model.visual, **config["preprocess_cfg"])
     return model, encoder, SimpleTokenizer(context_length=model.context_length)
@@ -145,52 +115,6 @@ def load(device: str | torch.device = "cpu", model: str = TESTBED) -> Clip:
     return _embedded(device) if model == TESTBED else _open_clip(device, model)
 
 
-def check(model: str) -> None:
-    """Refuse the name of a model that open_clip does not know.
-
-    Raises:
-        ValueError: as `load`.
-    """
-    if model == TESTBED:
-        return
-    name, weights, file = _parts(model)
-    if name not in open_clip.list_models() or not (weights or file):
-        close = difflib.get_close_matches(name, open_clip.list_models(), 3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"model must be 'testbed' or such as 'ViT-B-32/openai', not {model!r}{hint}")
-    config = open_clip.get_model_config(name)
-    if "hf_tokenizer_name" in config["text_cfg"] or "image_size" not in config["vision_cfg"]:
-        raise ValueError(f"{name} is no CLIP with CLIP's own tokenizer, such as ViT-B-32, ViT-B-16 or ViT-L-14")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if file and not (file.suffix == ".safetensors" and file.is_file()):
-        raise ValueError(f"the weights {file} of {name} are no safetensors file")
-    if weights not in (*tags, RANDOM, *([""] if file else [])):
-        raise ValueError(f"open_clip has no weights {weights!r} for {name}, only {', '.join(tags) or 'none'}")
-
-
-def identity(model: str) -> str:
-    """What stands for a model's weights without reading large ones: SHA-256 of the embedded file; else the name, and
-    size and age of a file that it names. Weights of a tag are taken to stay the same."""
-    if model == TESTBED:
-        return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.exists() else "missing"
-    file = _parts(model)[2]
-    return f"{model} {file.stat().st_size} {file.stat().st_mtime_ns}" if file else f"{model} {torch.__version__}"
-
-
-def _parts(model: str) -> tuple[str, str, Path | None]:
-    """Architecture, tag ("" for none) and file."""
-    name, _, weights = model.partition("/")
-    tag, _, file = ("", "", weights) if weights.startswith("/") else weights.partition("@")
-    return name, tag, Path(file) if file else None
-
-
-def image_size(model: str) -> int:
-    """Pixels a side that a model reads, without loading it."""
-    if model == TESTBED:
-        return 32
-    return int(open_clip.get_model_config(_parts(model)[0])["vision_cfg"]["image_size"])
-
-
 def _embedded(device: str | torch.device) -> Clip:
     if not WEIGHTS.exists():
         raise ValueError(f"the pre-trained weights {WEIGHTS} are missing: reinstall samlib, or train them anew")
@@ -205,14 +129,18 @@ def _embedded(device: str | torch.device) -> Clip:
         model.load_state_dict({**state, "token_embedding.weight": embedding})
     except RuntimeError as error:
         raise ValueError(f"{WEIGHTS} holds another architecture than config.json: {error}") from error
-    digest = hashlib.sha256(WEIGHTS.read_bytes() + (FOLDER / "config.json").read_bytes()).hexdigest()
+    digest = hashlib.sha256(WEIGHTS.read_bytes() + CONFIG.read_bytes()).hexdigest()
     model.eval().to(device)
     return Clip(encoder.eval().to(device), model, tokenizer, digest)
 
 
 def _open_clip(device: str | torch.device, model: str) -> Clip:
-    check(model)
-    name, tag, file = _parts(model)
+    catalogue.check(model)
+    hub.need(model)
+    import open_clip
+
+    catalogue.check(model)  # now the weights, too
+    name, tag, file = catalogue.parts(model)
     released = open_clip.get_pretrained_cfg(name, tag) if tag != RANDOM else {}
     if released.get("interpolation", "bicubic") != "bicubic" or released.get("resize_mode", "shortest") != "shortest":
         raise ValueError(f"{model} reads images that are not resized as CLIP's are: choose other weights")
@@ -229,7 +157,7 @@ def _open_clip(device: str | torch.device, model: str) -> Clip:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in made.visual.modules()):
         raise ValueError(f"{name} has batch norms, whose statistics no task vector holds: choose a vision transformer")
     pixels = made.visual.preprocess_cfg | released
-    size = image_size(model)
+    size = catalogue.image_size(model)
     encoder = Encoder(made.visual, pixels["mean"], pixels["std"], size)
     content = hashlib.sha256(np.memmap(file).data).hexdigest() if file else torch.__version__
     decides = [name, options["force_quick_gelu"], pixels["mean"], pixels["std"], size, content]
@@ -319,19 +247,3 @@ def accuracy(encoder: nn.Module, theta: Theta, split: Split, head: Tensor) -> fl
     """
     predicted = logits(encoder, theta, split.images, head).argmax(1)
     return (predicted == split.labels.to(predicted.device)).double().mean().item()
-
-
-def main() -> None:
-    """Fetch a model from the hub: `python -m samlib.clip ViT-B-32/openai`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("model", help="open_clip's name of an architecture and of its weights, with a slash between")
-    try:
-        found = load(model=parser.parse_args().model)
-    except (ValueError, ConnectionError) as error:
-        parser.error(str(error))
-    parameters = sum(p.numel() for p in found.encoder.parameters())
-    print(f"{found.name}: {parameters / 1e6:.1f} million parameters in the image encoder, reads {found.size} pixels")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import open_clip
 import pandas as pd
 import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from samlib import catalogue, sam
 from samlib import clip as clip_module
-from samlib import sam
 from samlib.clip import Clip
 from samlib.recipe import PRECISIONS, Recipe
 
@@ -79,13 +78,15 @@ def size(model: str) -> Size:
 
     Taught in: 04_fine_tuning.
     """
-    clip_module.check(model)
-    side = clip_module.image_size(model)
+    catalogue.check(model)
+    side = catalogue.image_size(model)
     with torch.device("meta"):
-        if model == clip_module.TESTBED:
+        if model == catalogue.TESTBED:
             whole = clip_module.build()[0]
         else:
             logging.disable(logging.WARNING)  # that the weights are random is just what is wanted
+            import open_clip
+
             whole = open_clip.create_model(model.partition("/")[0], device="meta")
             logging.disable(logging.NOTSET)
     visual = whole.visual.train()

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from samlib import batches, checkpoint, estimate, provenance, sam, tasks
+from samlib import batches, catalogue, checkpoint, estimate, hub, provenance, sam, tasks
 from samlib import cache as store
 from samlib import clip as clip_module
 from samlib.batches import augment, batch_indices, lr_at
@@ -349,7 +349,9 @@ def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Pa
             "clip": clip.fingerprint,
             "device": device.type,
             "processes": _processes(),
-            "code": store.code("batches", "clip", "finetune", "images", "recipe", "sam", "tasks"),
+            "code": store.code(
+                "architecture", "batches", "clip", "finetune", "images", "recipe", "sam", "tables", "tasks"
+            ),
         }
     )
     return cache / "finetune" / key
@@ -394,13 +396,17 @@ def main() -> None:
     parser.add_argument("recipe", type=json.loads, help="fields of samlib.recipe.Recipe, as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cache", type=Path, default=store.folder(), help="for results and checkpoints")
-    parser.add_argument("--model", default=clip_module.TESTBED, help="testbed, or such as ViT-B-32/openai")
+    parser.add_argument("--model", default=catalogue.TESTBED, help="testbed, or such as ViT-B-32/openai")
     parser.add_argument("--estimate", action="store_true", help="only say what memory and time it will take")
     a = parser.parse_args()
     try:
         recipe = Recipe(**a.recipe)
+        catalogue.check(a.model)
+        hub.need(a.model, recipe.tasks)
     except (TypeError, ValueError) as error:
         parser.error(f"recipe: {error}")
+    except (KeyError, ConnectionError) as error:
+        parser.error(str(error))
     device = a.device
     if "RANK" in os.environ:  # torchrun sets it
         if device == "cuda":

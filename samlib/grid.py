@@ -27,6 +27,7 @@ class Sweep:
         name: of the file, without its ending.
         notebook: what to run.
         out: folder of all results.
+        defaults: the notebook's own parameters.
         fixed: parameters that all runs share.
         points: the swept parameters of each run.
         files: the executed notebook of each run; its name holds a hash of all that decides the run.
@@ -36,6 +37,7 @@ class Sweep:
     name: str
     notebook: Path
     out: Path
+    defaults: Point
     fixed: Point
     points: list[Point]
     files: list[Path]
@@ -140,7 +142,7 @@ def read(path: Path, out: Path | None = None) -> Sweep:
     keys = [cache.key([*decides, fixed | point])[:16] for point in points]
     labels = [re.sub(r"[^\w.=-]+", "_", words(point))[:100] for point in points]
     files = [folder / f"{label}-{key}.ipynb" for label, key in zip(labels, keys, strict=True)]
-    return Sweep(path.stem, source.resolve(), folder, fixed, points, files, figure)
+    return Sweep(path.stem, source.resolve(), folder, defaults, fixed, points, files, figure)
 
 
 class _Loader(yaml.SafeLoader):

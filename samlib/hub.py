@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import datasets
 import huggingface_hub
 from huggingface_hub import constants
 
 from samlib import cache as store
+from samlib import catalogue
 from samlib.hub_table import HUB
+
+if TYPE_CHECKING:  # seconds to import, and a missing network is told at once
+    import datasets
 
 SECONDS = 3.0  # to wait for the hub's first answer
 WEIGHTS = "open_clip_model.safetensors"  # open_clip's file of weights; its pickled twin is not read
 Answer = TypeVar("Answer")
+
+
+def need(model: str, tasks: Sequence[str] = ()) -> None:
+    """Refuse at once what would have to be downloaded while the hub does not answer; nothing is downloaded.
+
+    Args:
+        model: as `clip.load` knows it.
+        tasks: names that `tasks.load` knows.
+
+    Raises:
+        KeyError: no such task.
+        ConnectionError: something is neither here nor to be had.
+    """
+    missing = [_about_weights(model)] if _weights_missing(model) else []
+    size = catalogue.image_size(model)
+    for task in tasks:  # where HF_HUB_OFFLINE is set, the hub's own cache may have them
+        if not catalogue.folder(task) and not catalogue.decoded(task, size).is_dir() and not constants.HF_HUB_OFFLINE:
+            missing.append(_about_dataset(task))
+    if missing:
+        _ask(lambda: huggingface_hub.get_session().head(constants.ENDPOINT, timeout=SECONDS), *missing[0])
 
 
 def dataset(name: str) -> tuple[datasets.DatasetDict, str | None]:
@@ -34,19 +57,14 @@ def dataset(name: str) -> tuple[datasets.DatasetDict, str | None]:
 
     Taught in: 03_models_and_tasks.
     """
-    row = HUB[name]
-    remedy = (
-        f"With a network, run once: python -m samlib.tasks {name} --size SIDE (it fills {store.images_folder()}); "
-        f"if the hub's own cache has it, set HF_HUB_OFFLINE=1; "
-        f"or let SAMLIB_DATA name a folder that holds {name}/train-*.parquet and {name}/test-*.parquet "
-        f"with the columns image and label"
-    )
+    import datasets
+
+    row, (wanted, remedy) = HUB[name], _about_dataset(name)
 
     def commit() -> str:
         info = huggingface_hub.HfApi().dataset_info(row.id, revision=row.revision, timeout=SECONDS)
         return str(info.sha)
 
-    wanted = f"task {name!r} is the dataset {row.id} of the Hugging Face hub"
     offline = bool(constants.HF_HUB_OFFLINE)  # then the hub's own cache may have it
     revision = row.revision if offline else _ask(commit, wanted, remedy)
     try:
@@ -76,17 +94,40 @@ def weights(model: str, tag: str, repository: str) -> Path:
     found = huggingface_hub.try_to_load_from_cache(repository, WEIGHTS)
     if isinstance(found, str):
         return Path(found)
-    wanted = f"the weights {tag!r} of {model} are {WEIGHTS} in {repository} on the Hugging Face hub"
-    remedy = (
-        f"With a network, run once: python -m samlib.clip {model}/{tag}; or name a file: "
-        f"{model}/{tag}@/absolute/path/{WEIGHTS}"
-    )
+    wanted, remedy = _about_weights(f"{model}/{tag}")
     url = huggingface_hub.hf_hub_url(repository, WEIGHTS)
     _ask(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=SECONDS), wanted, remedy)
     try:
         return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS))
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise _unreachable(wanted, error, remedy) from None
+
+
+def _weights_missing(model: str) -> bool:
+    """Whether a model's weights can only come from the hub: no file, and not one such file in the hub's own cache."""
+    _, tag, file = catalogue.parts(model)
+    if model == catalogue.TESTBED or tag == catalogue.RANDOM or file:
+        return False
+    return not any(Path(constants.HF_HUB_CACHE).glob(f"models--*/snapshots/*/{WEIGHTS}"))
+
+
+def _about_weights(model: str) -> tuple[str, str]:
+    """What a model needs from the hub, and what to do without it."""
+    name, tag, _ = catalogue.parts(model)
+    return f"the weights {tag!r} of {name} are on the Hugging Face hub", (
+        f"With a network, run once: python -m samlib.fetch --model {model}; "
+        f"or name a file: {model}@/absolute/path/{WEIGHTS}"
+    )
+
+
+def _about_dataset(task: str) -> tuple[str, str]:
+    """What a task needs from the hub, and what to do without it."""
+    return f"task {task!r} is the dataset {HUB[task].id} of the Hugging Face hub", (
+        f"With a network, run once: python -m samlib.fetch {task} --model MODEL, for the model that will read it "
+        f"(it fills {store.images_folder()}); if the hub's own cache has it, set HF_HUB_OFFLINE=1; "
+        f"or let SAMLIB_DATA name a folder that holds {task}/train-*.parquet and {task}/test-*.parquet "
+        f"with the columns image and label"
+    )
 
 
 def _ask(question: Callable[[], Answer], wanted: str, remedy: str) -> Answer:

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 
 from samlib import cache as store
 
-FORMAT = 1  # to be raised when what `write` stores changes
+if TYPE_CHECKING:
+    import datasets
 
 
 def square(image: Image.Image, side: int, border: bool = False) -> np.ndarray:
@@ -60,6 +60,8 @@ def write(folder: Path, tables: Mapping[str, datasets.Dataset], size: int, borde
     Raises:
         ValueError: the disk has not enough room.
     """
+    import datasets  # slow, and whoever only reads needs it not
+
     tables = {name: table.cast_column("image", datasets.Image(decode=False)) for name, table in tables.items()}
     with ThreadPoolExecutor() as pool:
         first = next(iter(tables.values()))

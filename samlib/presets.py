@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from samlib import clip, hub_table, tasks
-from samlib.recipe import whole
+from samlib import catalogue
+from samlib.hub_table import HUB
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Preset:
     radii: tuple[float, ...]
     n_hessian: int
     label_noise: float = 0.0
-    model: str = clip.TESTBED
+    model: str = catalogue.TESTBED
     micro_batch: int | str | None = None
 
 
@@ -84,7 +84,7 @@ def _grid(low: float, high: float, n: int) -> tuple[float, ...]:
 
 _PUBLISHED = Preset(
     name="published",
-    tasks=tasks.TESTBED,
+    tasks=catalogue.TASKS,
     seeds=(0, 1, 2, 3, 4),
     steps=768,
     lengths=(1 / 3, 1.0, 4.0),
@@ -171,6 +171,11 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def whole(value: object, least: int) -> bool:
+    """Whether value is an integer (no bool) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _whole(least: int) -> Callable[[Any], bool]:
     return lambda value: whole(value, least)
 
@@ -192,13 +197,13 @@ def listed(value: Any) -> Any:
 def _tasks(value: Any) -> bool:
     value = listed(value)
     if isinstance(value, (list, tuple)):
-        return len(value) == len(set(map(str, value))) > 0 and all(name in tasks.known() for name in value)
+        return len(value) == len(set(map(str, value))) > 0 and all(name in catalogue.known() for name in value)
     return value == "all"
 
 
 def _model(value: Any) -> bool:
     if isinstance(value, str):
-        clip.check(value)
+        catalogue.check(value)
     return value is None or isinstance(value, str)
 
 
@@ -206,7 +211,7 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
-_NAMES = (*tasks.TESTBED, *hub_table.HUB, "the folders in SAMLIB_DATA")
+_NAMES = (*catalogue.TASKS, *HUB, "the folders in SAMLIB_DATA")
 
 # name of a notebook's parameter -> (what is allowed, test); None means the preset's value
 PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -259,6 +264,31 @@ def check(notebook: str, parameters: dict[str, Any]) -> None:
         allowed, check = PARAMETERS[name]
         if not check(value):
             raise ValueError(f"{name} must be {allowed}, not {value!r} ({type(value).__name__})")
+
+
+def chosen(parameters: dict[str, Any]) -> Preset:
+    """The preset that a notebook's parameters name, with those of its fields that they override, and seeds from `seed`.
+
+    Args:
+        parameters: checked; None and "all" leave the preset's value.
+    """
+    preset = PRESETS[parameters.get("preset", "smoke")]
+    fields = {f.name for f in dataclasses.fields(Preset)} - {"name"}
+    overrides = {k: v for k, v in parameters.items() if k in fields and v is not None and v != "all"}
+    if "tasks" in overrides:
+        overrides["tasks"] = tuple(listed(overrides["tasks"]))
+    return dataclasses.replace(preset, **overrides, seeds=tuple(parameters.get("seed", 0) + s for s in preset.seeds))
+
+
+def needs(parameters: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Model and tasks that a notebook loads; one that has no such parameter loads the testbed's model and no task.
+
+    Args:
+        parameters: checked.
+    """
+    preset = chosen(parameters)
+    model = preset.model if "model" in parameters else catalogue.TESTBED
+    return model, preset.tasks if "tasks" in parameters else ()
 
 
 def _injected() -> set[str]:

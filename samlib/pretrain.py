@@ -17,7 +17,7 @@ from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 from torch.nn.parallel import DistributedDataParallel
 
 from samlib import cache as store
-from samlib import checkpoint, clip, tasks
+from samlib import catalogue, checkpoint, clip, tasks
 from samlib.batches import batch_indices, generator, lr_at
 
 TEMPLATES = ("{}.", "a picture of {}.", "an icon of {}.", "a drawing of {}.")
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--out", type=Path, default=clip.WEIGHTS)
+    parser.add_argument("--out", type=Path, default=catalogue.WEIGHTS)
     a = parser.parse_args()
     mp.spawn(train, (a.workers, a.epochs, a.batch_size, a.lr, a.seed, a.out), nprocs=a.workers)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from samlib.presets import whole
+
 OPTIMIZERS = ("adamw", "sam", "asam", "rwp")
 AVERAGES = ("none", "ema", "swa")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,8 +129,3 @@ class Recipe:
     def gradients(self) -> int:
         """Gradients taken in all, the unit of cost: one a step, and one more where SAM climbs."""
         return self.steps + (-(-self.steps // self.every) if self.rho > 0 else 0)
-
-
-def whole(value: object, least: int) -> bool:
-    """Whether value is an integer (no bool) of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

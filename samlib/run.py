@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
-import torch
+from scipy.special import stdtrit
 
 from samlib import cache as store
-from samlib import clip, estimate, provenance, tasks
-from samlib.presets import PARAMETERS, PRESETS, Preset, check, listed
+from samlib import catalogue, hub  # whatever loads torch is imported where it is needed: mistakes are told at once
+from samlib.presets import PARAMETERS, Preset, check, chosen, needs
 
 MODULES = (  # whose code decides a cached value
+    "architecture",
     "batches",
     "bench",
     "clip",
@@ -32,6 +32,7 @@ MODULES = (  # whose code decides a cached value
     "merge",
     "recipe",
     "sam",
+    "tables",
     "tasks",
 )
 CHECKOUT = Path(__file__).parents[1] / "book" / "published"
@@ -76,11 +77,13 @@ class Run:
         Raises:
             ValueError: the stored file is damaged, or a number is not finite.
         """
-        size = clip.image_size(self.preset.model)
+        from samlib import tasks
+
+        size = catalogue.image_size(self.preset.model)
         decides = {
             "params": params,
             "tasks": {task: tasks.fingerprint(task, size) for task in self.preset.tasks},
-            "model": clip.identity(self.preset.model),
+            "model": catalogue.identity(self.preset.model),
             "code": store.code(*MODULES),
             "fn": inspect.getsource(fn),
         }
@@ -119,6 +122,8 @@ class Run:
 
     def stamp(self) -> dict[str, Any]:
         """Where the numbers come from: code, parameters, versions, device, time."""
+        from samlib import provenance
+
         return {
             "notebook": self.notebook,
             "preset": self.preset.name,
@@ -145,18 +150,18 @@ def begin(notebook: str, **parameters: Any) -> Run:
 
     Raises:
         ValueError: an unknown name, a value of the wrong type or out of range, or a device that is absent.
+        ConnectionError: the model or a task would have to come from the hub, and the hub cannot be reached.
         MemoryError: not one image of the preset's model could be trained in the memory that is free.
 
     Taught in: every notebook, first code cell.
     """
     check(notebook, parameters)
-    preset = PRESETS[parameters.get("preset", "smoke")]
-    seed = parameters.get("seed", 0)
-    fields = {f.name for f in dataclasses.fields(Preset)} - {"name"}
-    overrides = {k: v for k, v in parameters.items() if k in fields and v is not None and v != "all"}
-    if "tasks" in overrides:
-        overrides["tasks"] = tuple(listed(overrides["tasks"]))
-    preset = dataclasses.replace(preset, **overrides, seeds=tuple(seed + s for s in preset.seeds))
+    hub.need(*needs(parameters))
+    import torch
+
+    from samlib import estimate
+
+    preset, seed = chosen(parameters), parameters.get("seed", 0)
     device = _device(parameters.get("device", "auto"))
     if preset.precision == "auto":
         half = "fp16" if device.startswith("cuda") else "fp32"  # fp16 on the CPU is slower than fp32
@@ -192,7 +197,7 @@ def interval(samples: Sequence[float]) -> tuple[float, float, float]:
     mean = float(numbers.mean())
     if len(numbers) == 1:
         return mean, math.nan, math.nan
-    half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers))
+    half = stdtrit(len(numbers) - 1, 0.975) * numbers.std(ddof=1) / math.sqrt(len(numbers))
     return mean, mean - float(half), mean + float(half)
 
 
@@ -218,6 +223,8 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, floa
 
 def _fast_bf16(device: str) -> bool:
     """Whether the device multiplies bf16 matrices natively; elsewhere autocast would be slower than fp32."""
+    import torch
+
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -225,6 +232,8 @@ def _fast_bf16(device: str) -> bool:
 
 
 def _device(wanted: str) -> str:
+    import torch
+
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

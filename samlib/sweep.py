@@ -25,8 +25,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from samlib import cache  # whatever loads torch is imported where it is needed: mistakes are told at once
+from samlib import cache, hub  # whatever loads torch is imported where it is needed: mistakes are told at once
 from samlib.grid import Point, Sweep, known, read, words
+from samlib.presets import needs
 
 PROVENANCE = ("path", "commit", "seconds")  # columns of the table, beside parameters and numbers
 CHILD = """
@@ -314,12 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if absent := [name for name in ("papermill", "myst_nb") if importlib.util.find_spec(name) is None]:
                 raise ValueError(f"{absent[0]} is missing: pip install 'samlib[book]'")
             sweep = read(a.file, a.out)
+            if not a.scheduler:
+                for wanted in {needs(sweep.defaults | sweep.fixed | point) for point in sweep.points}:
+                    hub.need(*wanted)
             gpus = 0 if sweep.fixed.get("device") == "cpu" else importlib.import_module("torch").cuda.device_count()
             shown = os.environ.get("CUDA_VISIBLE_DEVICES")
             places = None if a.scheduler else slots(a.jobs, joblib.cpu_count(), gpus, shown)
             stack.enter_context(_locked(sweep.out))
             stack.enter_context(_workers(a.scheduler, places))
-        except ValueError as error:
+        except (ValueError, ConnectionError) as error:
             parser.error(str(error))
         try:
             problems = execute(sweep, places)

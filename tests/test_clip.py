@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from samlib import clip, hub, tasks
+from samlib import catalogue, clip, hub, tasks
 from samlib.clip import Clip
 
-CARD = clip.FOLDER / "README.md"
+CARD = clip.WEIGHTS.with_name("README.md")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_model_has_the_announced_size(testbed: Clip) -> None:
     assert tokens.shape == (1, 16, 144)
 
 
-@pytest.mark.parametrize("name", tasks.TESTBED)
+@pytest.mark.parametrize("name", catalogue.TASKS)
 def test_card_accuracies_are_reproduced(testbed: Clip, name: str) -> None:
     row = re.search(rf"^\| {name} \| (\d+) \| [\d.]+ \| ([\d.]+) \|", CARD.read_text(encoding="utf-8"), re.M)
     assert row, f"the card has no row for {name}"
@@ -45,7 +45,7 @@ def test_head_rows_have_the_length_of_the_inverse_temperature(testbed: Clip) -> 
     torch.testing.assert_close(head.norm(dim=1), testbed.model.logit_scale.exp().expand(10))
 
 
-@pytest.mark.parametrize("name", tasks.TESTBED)
+@pytest.mark.parametrize("name", catalogue.TASKS)
 def test_every_class_can_be_learned_under_the_frozen_head(testbed: Clip, name: str) -> None:
     head = clip.zero_shot_head(testbed, tasks.load(name))
     floor = (-torch.cdist(head, head)).logsumexp(1)  # no unit feature gives a smaller cross-entropy
@@ -132,7 +132,7 @@ def tagged(released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatc
 def test_open_clip_model_by_file(released: tuple[Path, open_clip.CLIP]) -> None:
     file, model = released
     found = clip.load(model=f"tiny-ViT/{file}")
-    assert (found.size, found.name) == (48, f"tiny-ViT/{file}") and clip.image_size(found.name) == 48
+    assert (found.size, found.name) == (48, f"tiny-ViT/{file}") and catalogue.image_size(found.name) == 48
     pixels = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
     mean, std = (torch.tensor(getattr(open_clip, f"OPENAI_DATASET_{name}")).view(3, 1, 1) for name in ("MEAN", "STD"))
     with torch.no_grad():
@@ -141,17 +141,22 @@ def test_open_clip_model_by_file(released: tuple[Path, open_clip.CLIP]) -> None:
     head = clip.zero_shot_head(found, tasks.load("warm", found.size))
     assert head.shape == (3, 24)
     torch.testing.assert_close(head.norm(dim=1), model.logit_scale.exp().expand(3))
-    assert clip.identity(found.name) != clip.identity("testbed") and "tiny-ViT" in clip.identity(found.name)
+    assert catalogue.identity(found.name) != catalogue.identity("testbed") and "tiny-ViT" in catalogue.identity(
+        found.name
+    )
 
 
 def test_weights_of_a_tag_come_with_their_activation(
-    tagged: Path, released: tuple[Path, open_clip.CLIP], monkeypatch: pytest.MonkeyPatch
+    tagged: Path, released: tuple[Path, open_clip.CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenAI's models need QuickGELU, which open_clip's configurations leave out."""
-    asked = []
-    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *a: asked.append(a) or str(tagged))
+    folder = tmp_path / "models--someone--tiny"  # as the hub's own cache keeps it
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "open_clip_model.safetensors").symlink_to(tagged)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     found = clip.load(model="tiny-ViT/openai")
-    assert asked == [("someone/tiny", "open_clip_model.safetensors")]
     kinds = {type(m).__name__ for m in found.encoder.modules()}
     assert "QuickGELU" in kinds and "GELU" not in kinds
     assert found.encoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
@@ -192,10 +197,15 @@ def test_without_a_network_the_error_names_weights_and_remedies(monkeypatch: pyt
         raise OSError("no route")
 
     monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(hub.huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(hub.huggingface_hub, "get_session", refuse)  # before anything is loaded
+    monkeypatch.setattr(hub.huggingface_hub, "get_hf_file_metadata", refuse)  # by whoever asks for the file itself
     begun = time.monotonic()
-    with pytest.raises(ConnectionError, match="'openai' of ViT-B-32 .*no route.*python -m samlib.clip ViT-B-32/openai"):
+    with pytest.raises(
+        ConnectionError, match="'openai' of ViT-B-32 .*no route.*python -m samlib.fetch --model ViT-B-32/openai"
+    ):
         clip.load(model="ViT-B-32/openai")
+    with pytest.raises(ConnectionError, match="'openai' of ViT-B-32 .*no route"):
+        hub.weights("ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai/")
     assert time.monotonic() - begun < 5
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from samlib import batches, cache, checkpoint, clip, finetune, sam, tasks
+from samlib import batches, cache, catalogue, checkpoint, clip, finetune, sam, tasks
 from samlib.finetune import finetune_many
 from samlib.recipe import OPTIMIZERS, Recipe
 
@@ -705,4 +705,4 @@ def test_a_task_of_the_readers_may_not_have_a_plus_in_its_name(tmp_path: Path, m
     (tmp_path / "a+b" / "train-00000-of-00001.parquet").touch()
     monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"'a\+b' in SAMLIB_DATA has a \+ in its name"):
-        tasks.known()
+        catalogue.known()

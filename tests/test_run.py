@@ -12,9 +12,10 @@ import papermill
 import pytest
 import torch
 
-from samlib import estimate, presets, tasks
+from samlib import catalogue, estimate, hub, presets
 from samlib.hub_table import HUB
-from samlib.run import PRESETS, Run, begin, interval, paired_interval
+from samlib.presets import PRESETS
+from samlib.run import Run, begin, interval, paired_interval
 
 
 @pytest.fixture()
@@ -35,7 +36,7 @@ def test_begin_gives_the_preset_with_its_overrides(tmp_path: Path, monkeypatch: 
     assert run.preset.seeds == (10, 11, 12, 13, 14)
     assert run.preset.rho_sam == PRESETS["published"].rho_sam and run.preset.name == "published"
     assert (run.seed, run.device, run.cache) == (10, "cpu", tmp_path)
-    assert begin("demo", preset="laptop", tasks="all").preset.tasks == tasks.TESTBED
+    assert begin("demo", preset="laptop", tasks="all").preset.tasks == catalogue.TASKS
 
 
 def test_begin_seeds_the_generators() -> None:
@@ -113,6 +114,7 @@ def test_a_gpu_that_is_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_paper_preset_chooses_a_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "need", lambda *_: None)
     monkeypatch.setattr(estimate, "free_memory", lambda device: 12 * 10**9)
     p = begin("demo", preset="paper", device="cpu").preset
     assert (p.model, p.micro_batch, p.batch_size, p.tasks) == ("ViT-B-32/openai", 128, 128, tuple(HUB))

@@ -11,12 +11,12 @@ import torch
 from conftest import write_split
 from PIL import Image
 
-from samlib import hub, images, tasks
+from samlib import catalogue, hub, images, tables, tasks
 from samlib.hub_table import HUB
 from samlib.task_table import TASK_TABLE
 
 
-@pytest.mark.parametrize("name", tasks.TESTBED)
+@pytest.mark.parametrize("name", catalogue.TASKS)
 def test_embedded_task_is_sound(name: str) -> None:
     task = tasks.load(name)
     assert len(task.classes) == len(set(task.classes)) == len(task.phrases) >= 8
@@ -28,12 +28,12 @@ def test_embedded_task_is_sound(name: str) -> None:
     assert all(template.count("{}") == 1 for template in task.templates)
 
 
-@pytest.mark.parametrize("name", tasks.TESTBED)
+@pytest.mark.parametrize("name", catalogue.TASKS)
 def test_splits_share_no_image_and_no_group(name: str) -> None:
-    tables = {split: tasks._table(tasks._file(tasks.FOLDER / name, split)) for split in tasks.SPLITS}
+    found = {split: tables.read(tasks._file(catalogue.FOLDER / name, split)) for split in catalogue.SPLITS}
     task = tasks.load(name)
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        assert not set(tables[first]["group"]) & set(tables[second]["group"])
+        assert not set(found[first]["group"]) & set(found[second]["group"])
         pixels = [{image.numpy().tobytes() for image in getattr(task, s).images} for s in (first, second)]
         assert not pixels[0] & pixels[1]
 
@@ -128,10 +128,10 @@ def test_corpus_gives_images_with_captions(tmp_path: Path, monkeypatch: pytest.M
 
 def test_corpus_shares_no_group_with_a_test_split() -> None:
     """Neither drawings nor emoji of a test split were seen in pre-training."""
-    tables = [tasks._table(tasks._file(tasks.FOLDER / folder, "train")) for folder in tasks.CORPUS]
-    seen = {group for table in tables for group in table["group"]}
-    for name in tasks.TESTBED:
-        assert not seen & set(tasks._table(tasks._file(tasks.FOLDER / name, "test"))["group"])
+    found = [tables.read(tasks._file(catalogue.FOLDER / folder, "train")) for folder in tasks.CORPUS]
+    seen = {group for table in found for group in table["group"]}
+    for name in catalogue.TASKS:
+        assert not seen & set(tables.read(tasks._file(catalogue.FOLDER / name, "test"))["group"])
 
 
 def photographs(folder: Path, sizes: list[int], split: str = "train") -> None:
@@ -245,7 +245,7 @@ def test_own_folder_takes_the_place_of_a_task_of_the_hub(tmp_path: Path, monkeyp
     monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
     task = tasks.load("mnist", 224)
     assert task.templates == ('a photo of the number: "{}".',) and task.test.images.shape == (12, 3, 32, 32)
-    assert tasks.known().count("mnist") == 1
+    assert catalogue.known().count("mnist") == 1
 
 
 def test_without_a_network_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "SECONDS", 0.2)
     begun = time.monotonic()
-    with pytest.raises(ConnectionError, match="'dtd' is the dataset tanganke/dtd .*python -m samlib.tasks dtd.*SAMLIB"):
+    with pytest.raises(ConnectionError, match="'dtd' is the dataset tanganke/dtd .*python -m samlib.fetch dtd.*SAMLIB"):
         tasks.load("dtd", 224)
     assert time.monotonic() - begun < 5
 
@@ -278,7 +278,7 @@ def test_a_task_of_the_hub_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> N
     info = type("Info", (), {"sha": "abc123"})
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: type("Api", (), {"dataset_info": lambda *_, **__: info}))
-    monkeypatch.setattr(hub.datasets, "load_dataset", fetch)
+    monkeypatch.setattr(datasets, "load_dataset", fetch)
     task = tasks.load("dtd", 224)
     assert (len(task.train), len(task.validation), len(task.test)) == (18, 2, 5)
     assert task.train.images.shape[-1] == 224 and task.revision == "abc123" and len(task.templates) == 8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from samlib import clip, tasks
+from samlib import catalogue, tables, tasks
 from tools.render_testbed import common
 
 TWIN = 3.0  # grey levels out of 255: mean difference of the thumbnails below which two images are twins
@@ -19,7 +19,7 @@ TWIN = 3.0  # grey levels out of 255: mean difference of the thumbnails below wh
 @lru_cache
 def thumbnails(folder: str, split: str) -> NDArray[np.float32]:
     """Grey values (N, 256) of 16 x 16 thumbnails, without the nearly blank; of the corpus, those in colour."""
-    table = tasks._table(tasks._file(tasks.FOLDER / folder, split))
+    table = tables.read(tasks._file(catalogue.FOLDER / folder, split))
     images = [np.asarray(image.convert("RGB")) for image in table["image"]]
     if folder in tasks.CORPUS:  # its one-colour icons look like no held-out image
         images = [image for image in images if (image.max(2) != image.min(2)).any()]
@@ -39,13 +39,13 @@ def closest(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     return nearest if nearest < TWIN else math.inf
 
 
-@pytest.mark.parametrize("name", tasks.TESTBED)
+@pytest.mark.parametrize("name", catalogue.TASKS)
 def test_no_twin_of_a_test_image_was_trained_on(name: str) -> None:
     for held_out, seen in (("test", "train"), ("test", "validation"), ("validation", "train")):
         assert closest(thumbnails(name, held_out), thumbnails(name, seen)) == math.inf
 
 
-@pytest.mark.parametrize("name", tasks.TESTBED)
+@pytest.mark.parametrize("name", catalogue.TASKS)
 def test_the_corpus_shows_no_held_out_image(name: str) -> None:
     held_out = np.concatenate([thumbnails(name, "validation"), thumbnails(name, "test")])
     for folder in tasks.CORPUS:
@@ -67,5 +67,5 @@ def test_no_caption_is_a_label_and_no_caption_names_a_letter() -> None:
 
 
 def test_everything_is_small_enough_to_ship() -> None:
-    images = sum(path.stat().st_size for path in tasks.FOLDER.rglob("*.parquet"))
-    assert images < 25_000_000 and clip.WEIGHTS.stat().st_size < 8_000_000
+    images = sum(path.stat().st_size for path in catalogue.FOLDER.rglob("*.parquet"))
+    assert images < 25_000_000 and catalogue.WEIGHTS.stat().st_size < 8_000_000
