@@ -1,4 +1,4 @@
-"""Every merging method on the models of every arm, beside a model trained on all tasks: `python -m samlib.compare`."""
+"""Every merging method on the models of every arm, beside a model trained on all tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from samlib import merge
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
-from samlib.experiment import ARMS, JOINT, command, once, recipes
+from samlib.experiment import ARMS, JOINT, Part, once, recipes
 from samlib.finetune import Finetuned
 from samlib.run import Run
 
@@ -49,7 +49,7 @@ MERGES: dict[str, Merge] = {
 }
 
 
-def merge_all(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
+def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
     """Merge the models of one arm and one seed by every method; trained and measured once, then read.
 
     Where a method has a lambda, it is the one with the best mean normalised accuracy on the validation splits. Methods
@@ -98,12 +98,6 @@ def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any
     return rows
 
 
-def main() -> None:
-    """Every arm, and the model of all tasks."""
-    command("compare", merge_all, lambda run, seed: [(run, [(arm, seed, 1.0) for arm in (*ARMS, JOINT)])])
-
-
-if __name__ == "__main__":
-    from samlib import compare
-
-    compare.main()  # by its own name, under which worker processes can import what they run
+def plan(run: Run, seed: int) -> list[Part]:
+    """Every arm, and the model of all tasks: what `samlib.publish` measures."""
+    return [(run, [(arm, seed, 1.0) for arm in (*ARMS, JOINT)])]

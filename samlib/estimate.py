@@ -232,7 +232,7 @@ def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "
         optimizer = sam.SAM(base, rho, adaptive, clip_norm=1.0)
 
         def gradient() -> torch.Tensor:
-            with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+            with torch.autocast(device.type, getattr(torch, PRECISIONS[precision]), enabled=precision != "fp32"):
                 loss = encoder(x).float().square().sum()
             loss.backward()
             return loss

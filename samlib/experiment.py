@@ -1,10 +1,9 @@
-"""The central experiment: fine-tune every task by each arm, merge, and measure: `python -m samlib.experiment`."""
+"""The central experiment: fine-tune every task by each arm, merge, and measure."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -14,17 +13,17 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from samlib import clip as clip_module
 from samlib import tasks
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
 from samlib.finetune import Finetuned, Recipe, finetune_many
 from samlib.interference import xi
 from samlib.merge import average, task_arithmetic, task_vector, ties
-from samlib.run import Run, begin, interval, paired_interval
+from samlib.run import Run, interval, paired_interval
 
 ARMS = ("AdamW", "AdamW, 2x steps", "SAM", "ASAM")
 JOINT = "AdamW, all tasks"  # one model trained on all tasks: what merging would like to reach
+Part = tuple[Run, list[tuple[str, int, float]]]  # of a plan: a run, and which (arm, seed, length) to measure in it
 Measure = Callable[[Run, Clip, str, int, float], dict[str, Any]]  # run, clip, arm, seed, length -> JSON-able
 ROWS = ("single", "averaging", "task arithmetic", "TIES")
 
@@ -167,7 +166,7 @@ def measure_many(
         run: preset, device and cache.
         clip: the pre-trained model.
         wanted: what to measure, in the order of the answer.
-        measure: this module's, or `compare.merge_all`.
+        measure: this module's, or another module's.
     """
     todo = [recipe for arm, seed, length in wanted for recipe in recipes(run, arm, seed, length)]
     finetune_many(todo, clip, run.device, run.cache, run.preset.jobs)
@@ -297,43 +296,6 @@ def _identity(published: dict[str, Any]) -> tuple[Any, ...]:
     return published["arm"], published["seed"], published["steps"], recipe.n_train, recipe.label_noise
 
 
-def command(
-    name: str, measure: Measure, plan: Callable[[Run, int], Iterable[tuple[Run, Sequence[tuple[str, int, float]]]]]
-) -> None:
-    """`python -m samlib.<name>`: measure seed after seed, and rewrite the published values after each part of the plan.
-
-    Args:
-        name: of the published values, and of the module.
-        measure: as in `measure_many`.
-        plan: run and seed -> parts, each a run and what to measure in it.
-    """
-    parser = argparse.ArgumentParser(
-        description=f"Measure and publish `{name}`; what is published is not measured again."
-    )
-    parser.add_argument("--preset", default="published")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
-    a = parser.parse_args()
-    run = begin(name, preset=a.preset)
-    clip = clip_module.load(run.device, run.preset.model)
-    for seed in a.seeds or run.preset.seeds:
-        for within, wanted in plan(run, seed):
-            publish_runs(within, clip, measure, wanted)
-
-
-def main() -> None:
-    """Measure every arm, one training length after the other, and rewrite the published values after each seed."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="published")
-    parser.add_argument("--lengths", type=float, nargs="+", help="multiples of the preset's steps, in this order")
-    a = parser.parse_args()
-    run = begin("experiment", preset=a.preset)
-    clip = clip_module.load(run.device, run.preset.model)
-    for length in a.lengths or run.preset.lengths:
-        for seed in run.preset.seeds:
-            publish_runs(run, clip, measure, [(arm, seed, length) for arm in ARMS])
-
-
-if __name__ == "__main__":
-    from samlib import experiment
-
-    experiment.main()  # by its own name, under which worker processes can import what they run
+def plan(run: Run, seed: int) -> list[Part]:
+    """Every arm, one training length after the other: what `samlib.publish` measures."""
+    return [(run, [(arm, seed, length) for arm in ARMS]) for length in run.preset.lengths]

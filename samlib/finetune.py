@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from samlib import batches, catalogue, checkpoint, estimate, hub, provenance, sam, tasks
+from samlib import batches, checkpoint, provenance, sam, tasks
 from samlib import cache as store
 from samlib import clip as clip_module
 from samlib.batches import augment, batch_indices, lr_at
@@ -97,7 +95,7 @@ def finetune(recipe: Recipe, clip: Clip, device: str | torch.device, cache: Path
     Taught in: 04_fine_tuning.
     """
     device = torch.device(device)
-    folder = _folder(recipe, clip, device, cache)
+    folder = result_folder(recipe, clip, device, cache)
     _fill(folder, recipe, clip, device)
     return _read(recipe, folder)
 
@@ -124,7 +122,7 @@ def finetune_many(
     jobs = joblib.cpu_count() if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs must be an integer >= 1 or None, not {jobs}")
-    folders = {recipe: _folder(recipe, clip, device, cache) for recipe in recipes}
+    folders = {recipe: result_folder(recipe, clip, device, cache) for recipe in recipes}
     todo = [recipe for recipe, folder in folders.items() if not folder.is_dir()]
     jobs = min(jobs, len(todo)) if device.type == "cpu" and _processes() == 1 else 1
     if jobs <= 1:
@@ -148,7 +146,7 @@ def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device, show: 
         partial_file = folder.with_name(f"{folder.name}.partial.safetensors")
         with _alone(device):
             done = _train(recipe, clip, device, partial_file, show)
-        if _rank() == 0:
+        if rank() == 0:
             with store.replacing(folder) as scratch:
                 _write(done, clip, scratch)
             partial_file.unlink(missing_ok=True)
@@ -180,8 +178,10 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
         if averaged:
             averaged.n_averaged.fill_(facts["averaged"])
 
+    dtype = getattr(torch, PRECISIONS[recipe.precision])
+
     def loss_on(head: Tensor, batch: Tensor, target: Tensor, share: float) -> Tensor:
-        with torch.autocast(device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "fp32"):
+        with torch.autocast(device.type, dtype, enabled=recipe.precision != "fp32"):
             features = model(batch)  # (B, d)
         loss = F.cross_entropy(features.float() @ head.T, target) * share
         (optimizer.scaler.scale(loss) if optimizer.scaler else loss).backward()
@@ -198,16 +198,16 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
 
     begun = saved = time.monotonic()
     title = f"{recipe.task}, {recipe.optimizer}"
-    steps = tqdm(range(start, recipe.steps), title, recipe.steps, False, initial=start, disable=not show or _rank() > 0)
+    steps = tqdm(range(start, recipe.steps), title, recipe.steps, False, initial=start, disable=not show or rank() > 0)
     for step in steps:
-        torch.manual_seed(batches.generator("dropout", recipe.seed, step, _rank()).initial_seed())
+        torch.manual_seed(batches.generator("dropout", recipe.seed, step, rank()).initial_seed())
         for group in optimizer.base.param_groups:
             group["lr"] = lr_at(step, recipe.steps, recipe.lr, recipe.warmup)
         one, turn = sources[step % len(sources)], step // len(sources)  # several tasks take turns
         index = batch_indices(len(one.train), recipe.batch_size, recipe.seed, turn).to(one.train.images.device)
         whole = one.train.images[index].to(device), one.train.labels[index].to(device)
         batch = augment(whole[0], batches.generator("augment", recipe.seed, step), clip.size)
-        x, y = (part.chunk(_processes())[_rank()] for part in (batch, whole[1]))  # this process's part
+        x, y = (part.chunk(_processes())[rank()] for part in (batch, whole[1]))  # this process's part
         size = recipe.micro_batch or len(y)
         parts = zip(x.split(size), y.split(size), strict=True)
         calls = (partial(loss_on, one.head, *part, len(part[1]) / len(y)) for part in parts)
@@ -224,7 +224,7 @@ def _train(recipe: Recipe, clip: Clip, device: torch.device, partial_file: Path,
             raise _diverged(recipe, step)
         if recipe.validate_every and ((step + 1) % recipe.validate_every == 0 or last):
             look(step)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and not last and _rank() == 0:
+        if time.monotonic() - saved > CHECKPOINT_SECONDS and not last and rank() == 0:
             saved = time.monotonic()
             facts = {"seconds": seconds + saved - begun, "looks": looks}
             facts["optimizer"] = {name: x for name, x in optimizer.state_dict().items() if name != "base"}
@@ -265,7 +265,7 @@ def _source(name: str, recipe: Recipe, clip: Clip, device: torch.device) -> _Sou
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, encoder: nn.Module, device: torch.device) -> sam.SAM:
-    own = 0 if recipe.shared_climb else _rank()
+    own = 0 if recipe.shared_climb else rank()
     return sam.SAM(
         torch.optim.AdamW(encoder.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True),
         recipe.rho,
@@ -312,7 +312,8 @@ def _processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Of this process among those that train together, 0 if it is alone."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
@@ -341,7 +342,8 @@ def _alone(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Path:
+def result_folder(recipe: Recipe, clip: Clip, device: torch.device, cache: Path) -> Path:
+    """Where a result is, or will be; the name follows all that decides it."""
     key = store.key(
         {
             "recipe": asdict(recipe.same()),
@@ -384,54 +386,3 @@ def _read(recipe: Recipe, folder: Path) -> Finetuned:
         return Finetuned(recipe=recipe, theta=theta, best=best, log=log, **{name: facts[name] for name in FACTS})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise store.unreadable(file) from error
-
-
-def main() -> None:
-    """Fine-tune one recipe from the command line, on one device or, under torchrun, on several.
-
-    `python -m samlib.finetune '{"task": "digits", "optimizer": "sam", "steps": 100, "rho": 0.005}'`, or the same after
-    `torchrun --nproc-per-node 2 -m samlib.finetune`.
-    """
-    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=json.loads, help="fields of samlib.recipe.Recipe, as JSON")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cache", type=Path, default=store.folder(), help="for results and checkpoints")
-    parser.add_argument("--model", default=catalogue.TESTBED, help="testbed, or such as ViT-B-32/openai")
-    parser.add_argument("--estimate", action="store_true", help="only say what memory and time it will take")
-    a = parser.parse_args()
-    try:
-        recipe = Recipe(**a.recipe)
-        catalogue.check(a.model)
-        hub.need(a.model, recipe.tasks)
-    except (TypeError, ValueError) as error:
-        parser.error(f"recipe: {error}")
-    except (KeyError, ConnectionError) as error:
-        parser.error(str(error))
-    device = a.device
-    if "RANK" in os.environ:  # torchrun sets it
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device != "cpu" else "gloo")
-    before = estimate.used_memory(device)
-    try:
-        clip = clip_module.load(device, a.model)
-    except (ValueError, ConnectionError) as error:
-        parser.error(str(error))
-    if a.estimate:
-        needed = sum(estimate.memory(a.model, recipe).values())
-        pace = estimate.pace(clip, device, recipe.per_pass, recipe.precision)
-        print(f"{needed / 1e9:.3f} GB of memory, {estimate.seconds(pace, recipe) / recipe.steps:.3f} s a step")
-        return
-    done = finetune(recipe, clip, device, a.cache)
-    if _rank() == 0:
-        print(_folder(recipe, clip, torch.device(device), a.cache))
-        print(f"training loss {done.train_loss:.4f}, accuracy {done.train_accuracy:.3f}")
-        peak = (estimate.peak_memory(device) - before) / 1e9
-        print(f"{peak:.3f} GB of memory at most, {done.seconds / recipe.steps:.3f} s a step")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

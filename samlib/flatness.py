@@ -1,7 +1,4 @@
-"""From flat minima to the merge gap: what is measured of every model, and what predicts its gap.
-
-`python -m samlib.flatness`; resumable.
-"""
+"""From flat minima to the merge gap: what is measured of every model, and what predicts its gap."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from samlib import curvature, tasks
 from samlib.bench import Bench, bench, score
 from samlib.clip import Clip, Theta
 from samlib.curvature import flat
-from samlib.experiment import command, once, recipes
+from samlib.experiment import Part, once, recipes
 from samlib.finetune import Finetuned
 from samlib.landscape import losses
 from samlib.merge import average, task_vector
@@ -165,12 +162,6 @@ def _moved(theta: Theta, step: Tensor) -> Theta:
     }
 
 
-def main() -> None:
-    """Every arm of `arms`."""
-    command("flatness", measure, lambda run, seed: [(run, [(arm, seed, 1.0) for arm in arms(run)])])
-
-
-if __name__ == "__main__":
-    from samlib import flatness
-
-    flatness.main()  # by its own name, under which worker processes can import what they run
+def plan(run: Run, seed: int) -> list[Part]:
+    """Every arm of `arms`: what `samlib.publish` measures."""
+    return [(run, [(arm, seed, 1.0) for arm in arms(run)])]

@@ -1,4 +1,4 @@
-"""How two fine-tuned models lie to each other, for every pair of tasks: `python -m samlib.pairs`; resumable."""
+"""How two fine-tuned models lie to each other, for every pair of tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from samlib import tasks
 from samlib.bench import bench
 from samlib.clip import Clip
-from samlib.experiment import ARMS, command, once, recipes
+from samlib.experiment import ARMS, Part, once, recipes
 from samlib.finetune import Finetuned
 from samlib.interference import cosine, cross_task_linearity, sign_conflict
 from samlib.landscape import dot, losses_on_line
@@ -77,12 +77,6 @@ def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
     return {"pairs": found}
 
 
-def main() -> None:
-    """Every arm."""
-    command("pairs", measure, lambda run, seed: [(run, [(arm, seed, 1.0) for arm in ARMS])])
-
-
-if __name__ == "__main__":
-    from samlib import pairs
-
-    pairs.main()  # by its own name, under which worker processes can import what they run
+def plan(run: Run, seed: int) -> list[Part]:
+    """Every arm: what `samlib.publish` measures."""
+    return [(run, [(arm, seed, 1.0) for arm in ARMS])]

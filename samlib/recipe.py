@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
-
 from samlib.presets import whole
 
 OPTIMIZERS = ("adamw", "sam", "asam", "rwp")
 AVERAGES = ("none", "ema", "swa")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # name -> torch's
 SWA_SHARE = 0.25  # of the steps at the end, whose weights SWA averages
 
 

@@ -1,4 +1,4 @@
-"""Where does SAM help? Its gain over radius, training length, images and wrong labels: `python -m samlib.regimes`."""
+"""Where does SAM help? Its gain over radius, training length, images and wrong labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
-from samlib.experiment import command, once, recipes
+from samlib.experiment import Part, once, recipes
 from samlib.finetune import Finetuned
 from samlib.landscape import dot
 from samlib.merge import average, task_arithmetic, task_vector
@@ -111,16 +111,6 @@ def gains(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    """Every arm in every regime."""
-    command(
-        "regimes",
-        measure,
-        lambda run, seed: [(within, [(arm, seed, length) for arm in arms(run)]) for within, length in regimes(run)],
-    )
-
-
-if __name__ == "__main__":
-    from samlib import regimes as module
-
-    module.main()  # by its own name, under which worker processes can import what they run
+def plan(run: Run, seed: int) -> list[Part]:
+    """Every arm in every regime: what `samlib.publish` measures."""
+    return [(within, [(arm, seed, length) for arm in arms(run)]) for within, length in regimes(run)]

@@ -28,7 +28,7 @@ def test_every_method_of_the_registry_is_in_the_table() -> None:
 
 
 def test_rows_are_those_of_the_methods_at_the_lambda_of_the_validation_splits(run: Run, tiny: Any) -> None:
-    found = compare.merge_all(run, tiny, "AdamW", 0)
+    found = compare.measure(run, tiny, "AdamW", 0)
     assert list(found) == ["single", *MERGES] and found["single"]["normalised"] == 1
     thetas = [d.theta for d in finetune_many(experiment.recipes(run, "AdamW", 0), tiny, "cpu", run.cache)]
     theta_0 = clip.theta(tiny.encoder)
@@ -60,7 +60,7 @@ def test_the_joint_model_is_one_for_all_tasks_with_all_their_updates(run: Run, t
     (recipe,) = experiment.recipes(run, JOINT, 4)
     single = experiment.recipes(run, "AdamW", 4)[0]
     assert recipe == dataclasses.replace(single, task="warm+cool", steps=2 * single.steps)
-    found = compare.merge_all(run, tiny, JOINT, 4)
+    found = compare.measure(run, tiny, JOINT, 4)
     assert list(found) == ["single"]
     (done,) = finetune_many([recipe], tiny, "cpu", run.cache)
     for name, accuracy in found["single"]["accuracy"].items():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from samlib import experiment, report
+from samlib import clip, experiment, publish, report
 from samlib.experiment import ARMS, ROWS
 from samlib.run import Run, begin
 
@@ -105,19 +105,20 @@ def test_publishing_goes_on_where_it_stopped_and_replaces_other_recipes(
 
     monkeypatch.setattr(experiment, "measure_many", measured)
     monkeypatch.setattr(experiment, "zero_shot", lambda run, clip: {})
-    monkeypatch.setattr(experiment.clip_module, "load", lambda device, model: tiny)
-    monkeypatch.setattr("sys.argv", ["experiment", "--preset", "smoke", "--lengths", "1"])
-    here = dataclasses.replace(run, notebook="experiment")
-    monkeypatch.setattr(experiment, "begin", lambda notebook, preset: here)
-    experiment.main()
-    assert asked == [(arm, 3, 1.0) for arm in ARMS]
-    experiment.main()
-    assert len(asked) == len(ARMS)  # all of it was there
+    monkeypatch.setattr(clip, "load", lambda device, model: tiny)
+    monkeypatch.setattr("sys.argv", ["publish", "experiment", "--preset", "smoke"])
+    here = dataclasses.replace(run, notebook="experiment", preset=dataclasses.replace(run.preset, lengths=(1.0, 0.5)))
+    monkeypatch.setattr(publish, "begin", lambda notebook, **_: here)
+    publish.main()
+    everything = [(arm, 3, length) for length in (1.0, 0.5) for arm in ARMS]
+    assert asked == everything
+    publish.main()
+    assert asked == everything  # all of it was there
     here = dataclasses.replace(here, preset=dataclasses.replace(here.preset, rho_sam=0.5))
-    experiment.main()
-    assert asked[len(ARMS) :] == [("SAM", 3, 1.0)]  # the one arm whose recipes changed
+    publish.main()
+    assert asked[len(everything) :] == [("SAM", 3, 1.0), ("SAM", 3, 0.5)]  # the one arm whose recipes changed
     runs = here.published_values("experiment.smoke")["runs"]
-    assert len(runs) == len(ARMS) and {r["arm"]: r["rho"] for r in runs}["SAM"] == 0.5
+    assert len(runs) == len(everything) and {r["rho"] for r in runs if r["arm"] == "SAM"} == {0.5}
 
 
 def test_verdict_follows_the_paired_interval() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from samlib import batches, cache, catalogue, checkpoint, clip, finetune, sam, tasks
 from samlib.finetune import finetune_many
 from samlib.recipe import OPTIMIZERS, Recipe
+from samlib.train import main
 
 RECIPE = Recipe("warm", "sam", steps=12, rho=0.05, lr=1e-2, batch_size=16)
 
@@ -383,9 +384,9 @@ def test_the_command_line_trains_a_recipe_and_names_a_bad_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(recipe: str) -> None:
-        arguments = ["finetune", recipe, "--device", "cpu", "--cache", str(tmp_path)]
+        arguments = ["train", recipe, "--device", "cpu", "--cache", str(tmp_path)]
         monkeypatch.setattr("sys.argv", arguments)
-        finetune.main()
+        main()
 
     run('{"task": "warm", "optimizer": "sam", "steps": 2, "rho": 0.01, "batch_size": 4}')
     (weights,) = tmp_path.glob("finetune/*/theta.safetensors")

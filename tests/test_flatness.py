@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from samlib import experiment, flatness, pairs, regimes, report, tasks
+from samlib import clip, experiment, flatness, pairs, publish, regimes, report, tasks
 from samlib.bench import Bench, bench
 from samlib.clip import theta
 from samlib.curvature import flat
@@ -154,12 +154,12 @@ def test_a_command_measures_what_is_missing_seed_after_seed(
     here = dataclasses.replace(run, notebook="regimes", preset=preset)
     monkeypatch.setattr(experiment, "measure_many", measured)
     monkeypatch.setattr(experiment, "zero_shot", lambda run, clip: {})
-    monkeypatch.setattr(experiment.clip_module, "load", lambda device, model: tiny)
-    monkeypatch.setattr(experiment, "begin", lambda notebook, preset: here)
+    monkeypatch.setattr(clip, "load", lambda device, model: tiny)
+    monkeypatch.setattr(publish, "begin", lambda notebook, **_: here)
     arms = ["AdamW", "AdamW, 2x steps", "SAM, rho 0.25"]
     for seeds in (["1"], ["1", "0"]):
-        monkeypatch.setattr("sys.argv", ["regimes", "--preset", "smoke", "--seeds", *seeds])
-        regimes.main()
+        monkeypatch.setattr("sys.argv", ["publish", "regimes", "--preset", "smoke", "--seeds", *seeds])
+        publish.main()
     assert asked == [(n, arm, s, x) for s in (1, 0) for n, x in ((60, 1.0), (40, 0.5)) for arm in arms]
 
 

@@ -85,9 +85,9 @@ def test_begin_asks_for_what_the_notebook_loads(asked: list[str]) -> None:
         ("from samlib.fetch import main; main()  # --model ViT-B-32/openai", "'openai' of ViT-B-32 are on", set()),
         ("from samlib.fetch import main; main()  # --model ViT-B-23/openai", "did you mean ViT-B-32", set()),
         (
-            'from samlib.finetune import main; main()  # {"task":"mnist","optimizer":"adamw","steps":1}',
+            'from samlib.train import main; main()  # {"task":"mnist","optimizer":"adamw","steps":1}',
             "'mnist' is the dataset ylecun/mnist",
-            {"torch", "pandas"},
+            set(),
         ),
     ],
 )

@@ -152,7 +152,7 @@ def test_merge_measure_and_look_at_the_curvature(
 def test_memory_and_time_are_as_estimated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Prediction and training in processes of their own; time is noisy where others compute, so it may try again."""
     recipe = asdict(replace(recipes(run, "SAM", 0)[0], steps=6, batch_size=8, micro_batch=4))
-    command = [sys.executable, "-m", "samlib.finetune", json.dumps(recipe), "--device", "cpu", "--model", MODEL]
+    command = [sys.executable, "-m", "samlib.train", json.dumps(recipe), "--device", "cpu", "--model", MODEL]
     pattern = r"([\d.]+) GB of memory[^\d]*([\d.]+) s a step"
     ratios = []
     for attempt in range(3):

@@ -18,7 +18,7 @@ def main() -> None:
     run = begin("experiment", preset="published", device="cpu")
     results = published(run)
     if not results:
-        raise SystemExit("nothing is published yet: run python -m samlib.experiment first")
+        raise SystemExit("nothing is published yet: run python -m samlib.publish experiment first")
     zero_shot = run.published_values()["zero-shot"]
     steps, seeds = results[ARMS[0]][0]["steps"], len(results[ARMS[0]])
     plot.style()
