@@ -170,12 +170,23 @@ def micro_batch(model: str, batch_size: int, device: str | torch.device, precisi
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that tensors could still have on a device; of a container's own limit on the CPU it knows nothing."""
+    """Bytes that tensors could still have on a device; on the CPU within the limit of the container, if there is one."""
     device = torch.device(device)
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return min(int(psutil.virtual_memory().available), *_left_in_container())
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, free for tensors
     return int(torch.cuda.mem_get_info(device)[0] + idle)
+
+
+def _left_in_container(group: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes up to a container's limit, or nothing if there is none; files that can be read again count as free."""
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        files = re.findall(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # no such group here, or "max"
+        return []
+    return [max(0, limit - used + sum(map(int, files)))]
 
 
 def used_memory(device: str | torch.device) -> int:

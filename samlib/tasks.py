@@ -214,11 +214,13 @@ def _stored(name: str, folder: Path | None, size: int, cache: Path, kind: str | 
     if not stored.is_dir():
         from samlib import hub, tables
 
-        splits = ("train", kind) if kind else SPLITS
-        found, revision = (tables.local(folder, splits), None) if folder else hub.dataset(name)
-        classes, found = tables.checked(name, found, splits)
-        wanted = {kind: found[kind]} if kind else tables.with_validation(found)
-        images.write(stored, wanted, size, size == SIZE, {"classes": classes, "revision": revision})
+        with store.alone(stored):
+            if not stored.is_dir():
+                splits = ("train", kind) if kind else SPLITS
+                found, revision = (tables.local(folder, splits), None) if folder else hub.dataset(name)
+                classes, found = tables.checked(name, found, splits)
+                wanted = {kind: found[kind]} if kind else tables.with_validation(found)
+                images.write(stored, wanted, size, size == SIZE, {"classes": classes, "revision": revision})
     return stored
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +114,13 @@ def test_used_and_peak_memory_are_this_process() -> None:
         assert estimate.peak_memory("cpu") >= before + 0.7 * len(held)
     assert estimate.used_memory("cpu") - before < 0.3 * 200_000_000
     assert estimate.free_memory("cpu") > 0
+
+
+def test_a_container_s_limit_counts(tmp_path: Path) -> None:
+    assert estimate._left_in_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nactive_file 300\ninactive_file 700\n")
+    assert estimate._left_in_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert estimate._left_in_container(tmp_path) == [5000 - 3000 + 700]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ import torch
 from conftest import write_split
 from PIL import Image
 
-from samlib import catalogue, hub, images, tables, tasks
+from samlib import cache, catalogue, hub, images, tables, tasks
 from samlib.hub_table import HUB
 from samlib.task_table import TASK_TABLE
 
@@ -320,6 +321,22 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(images.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(ValueError, match="0.0 GB left"):
         tasks.load("big", 33)
+
+
+def test_images_are_decoded_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        write_split(tmp_path / "busy" / f"{split}-00000-of-00001.parquet", [0, 1] * 10, ["x", "y"], 0)
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    stored = catalogue.decoded("busy", 33)
+    left = stored.with_name(f".{stored.name}-killed")
+    left.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        with cache.alone(stored):
+            assert not left.exists()  # what a killed process leaves
+            loads = [pool.submit(tasks.load, "busy", 33) for _ in range(2)]
+            time.sleep(0.5)
+            assert not any(load.done() for load in loads) and list(stored.parent.glob("busy-*")) == []
+        assert [len(load.result().test) for load in loads] == [20, 20]
 
 
 def test_a_damaged_store_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
