@@ -170,10 +170,10 @@ def micro_batch(model: str, batch_size: int, device: str | torch.device, precisi
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that tensors could still have on a device; on the CPU within the limit of the container, if there is one."""
+    """Bytes that tensors could still have on a device; on the CPU within the limit of a container."""
     device = torch.device(device)
     if device.type == "cpu":
-        return min(int(psutil.virtual_memory().available), *_left_in_container())
+        return min([int(psutil.virtual_memory().available), *_left_in_container()])
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, free for tensors
     return int(torch.cuda.mem_get_info(device)[0] + idle)
 
