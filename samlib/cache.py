@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+ABANDONED = 3600  # seconds without a write, after which unfinished work is nobody's
 
 
 def folder() -> Path:
@@ -59,9 +63,12 @@ def alone(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
-        for left in path.parent.glob(f".{path.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # some network drives have no locks: then two may make the same, and one of them wins
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
+            newest = max(file.stat().st_mtime for file in (left, *left.rglob("*")))
+            if time.time() - newest > ABANDONED:  # else another machine, whose lock is not seen here, may be at it
+                shutil.rmtree(left, ignore_errors=True)
         yield
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -94,8 +97,7 @@ def parts(model: str) -> tuple[str, str, Path | None]:
 
 
 def check(model: str) -> None:
-    """Refuse the name of a model whose architecture is not open_clip's, or is not for samlib, or whose file is missing;
-    where open_clip is loaded, also weights that it does not know.
+    """Refuse the name of a model that open_clip does not know, that is not for samlib, or whose file is missing.
 
     Raises:
         ValueError: what is wrong, and what would be right.
@@ -112,9 +114,20 @@ def check(model: str) -> None:
         raise ValueError(f"{name} is no CLIP with CLIP's own tokenizer, such as ViT-B-32, ViT-B-16 or ViT-L-14")
     if file and not (file.suffix == ".safetensors" and file.is_file()):
         raise ValueError(f"the weights {file} of {name} are no safetensors file")
-    tags = sys.modules["open_clip"].list_pretrained_tags_by_model(name) if "open_clip" in sys.modules else [tag]
+    tags = _pretrained().list_pretrained_tags_by_model(name)
     if tag not in (*tags, RANDOM, *([""] if file else [])):
         raise ValueError(f"open_clip has no weights {tag!r} for {name}, only {', '.join(tags) or 'none'}")
+    told = released(model)
+    if told.get("interpolation", "bicubic") != "bicubic" or told.get("resize_mode", "shortest") != "shortest":
+        raise ValueError(f"{model} reads images that are not resized as CLIP's are: choose other weights")
+    if tag in tags and not file and told.get("hf_hub", "").rstrip("/").count("/") != 1:
+        raise ValueError(f"the weights {tag!r} of {name} are not on the hub as safetensors: choose other ones")
+
+
+def released(model: str) -> dict[str, Any]:
+    """What open_clip says of the weights that a model's tag names, such as their place `hf_hub`; {} without a tag."""
+    name, tag, _ = parts(model)
+    return dict(_pretrained().get_pretrained_cfg(name, tag)) if tag not in ("", RANDOM) else {}
 
 
 def image_size(model: str) -> int:
@@ -125,28 +138,55 @@ def image_size(model: str) -> int:
 
 
 def identity(model: str) -> str:
-    """What stands for a model's weights without reading large ones: SHA-256 of the embedded file; else the name, and
-    size and age of a file that it names. Weights of a tag are taken to stay the same."""
+    """What stands for a model's weights without reading large ones: SHA-256 of the embedded file; else the name, with
+    size and age of a file that it names, or with the version of torch, whose generator makes random weights. Weights
+    of a tag are taken to stay the same."""
     if model == TESTBED:
         return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.exists() else "missing"
-    file = parts(model)[2]
-    return f"{model} {file.stat().st_size} {file.stat().st_mtime_ns}" if file else model
+    _, tag, file = parts(model)
+    if file:
+        return f"{model} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return f"{model} {importlib.metadata.version('torch')}" if tag == RANDOM else model
 
 
 def _architectures() -> dict[str, Any]:
-    """open_clip's configurations, by name. Its files are read here, since to import the package takes many seconds;
-    where it is loaded, it knows those, too, that were added with `open_clip.add_model_config`."""
+    """open_clip's configurations, by name; once it is loaded also those added with `open_clip.add_model_config`."""
     loaded = sys.modules.get("open_clip")
-    added = set(loaded.list_models()) - set(_released()) if loaded else ()
-    return _released() | {name: loaded.get_model_config(name) for name in added if loaded}
+    added = set(loaded.list_models()) - set(_configurations()) if loaded else ()
+    return _configurations() | {name: loaded.get_model_config(name) for name in added if loaded}
+
+
+def _pretrained() -> ModuleType:
+    """open_clip's table of pre-trained weights."""
+    return sys.modules.get("open_clip.pretrained") or _table()
+
+
+# To import open_clip takes many seconds, so both are read from its files.
 
 
 @lru_cache(maxsize=1)
-def _released() -> dict[str, Any]:
+def _configurations() -> dict[str, Any]:
+    return {path.stem: store.read_json(path) for path in sorted((_open_clip() / "model_configs").glob("*.json"))}
+
+
+@lru_cache(maxsize=1)
+def _table() -> ModuleType:
+    package = ModuleType("samlib._open_clip")  # open_clip's folder without what its __init__ loads
+    package.__path__ = [str(_open_clip())]
+    sys.modules[package.__name__] = package
+    unwanted = {"safetensors.torch": sys.modules.get("safetensors.torch")}  # would load torch; the table works without
+    sys.modules["safetensors.torch"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(".pretrained", package.__name__)
+    finally:
+        del sys.modules["safetensors.torch"]
+        sys.modules.update({name: module for name, module in unwanted.items() if module})
+
+
+def _open_clip() -> Path:
     package = importlib.util.find_spec("open_clip")
     assert package and package.submodule_search_locations, "open_clip is a dependency of samlib"
-    here = Path(package.submodule_search_locations[0]) / "model_configs"
-    return {path.stem: store.read_json(path) for path in sorted(here.glob("*.json"))}
+    return Path(package.submodule_search_locations[0])
 
 
 def _is_task(folder: Path) -> bool:

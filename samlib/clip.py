@@ -139,14 +139,11 @@ def _open_clip(device: str | torch.device, model: str) -> Clip:
     hub.need(model)
     import open_clip
 
-    catalogue.check(model)  # now the weights, too
     name, tag, file = catalogue.parts(model)
-    released = open_clip.get_pretrained_cfg(name, tag) if tag != RANDOM else {}
-    if released.get("interpolation", "bicubic") != "bicubic" or released.get("resize_mode", "shortest") != "shortest":
-        raise ValueError(f"{model} reads images that are not resized as CLIP's are: choose other weights")
+    released = catalogue.released(model)
     options: dict[str, Any] = {"force_quick_gelu": released.get("quick_gelu", False)}  # OpenAI's need it
     if tag != RANDOM:
-        file = file or hub.weights(name, tag, released.get("hf_hub", ""))
+        file = file or hub.weights(model)
         options["pretrained"] = str(file)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

@@ -80,15 +80,16 @@ def size(model: str) -> Size:
     """
     catalogue.check(model)
     side = catalogue.image_size(model)
-    with torch.device("meta"):
-        if model == catalogue.TESTBED:
+    if model == catalogue.TESTBED:
+        with torch.device("meta"):
             whole = clip_module.build()[0]
-        else:
-            logging.disable(logging.WARNING)  # that the weights are random is just what is wanted
-            import open_clip
+    else:
+        import open_clip
 
-            whole = open_clip.create_model(model.partition("/")[0], device="meta")
-            logging.disable(logging.NOTSET)
+        logging.disable(logging.WARNING)  # that the weights are random is just what is wanted
+        with torch.device("meta"):
+            whole = open_clip.create_model(catalogue.parts(model)[0], device="meta")
+        logging.disable(logging.NOTSET)
     visual = whole.visual.train()
     own = {p.untyped_storage()._cdata for p in visual.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors, too, or a later one could have the same address
@@ -170,7 +171,7 @@ def micro_batch(model: str, batch_size: int, device: str | torch.device, precisi
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that tensors could still have on a device; on the CPU within the limit of a container."""
+    """Bytes that tensors could still have on a device; on the CPU within the limit of a container (of cgroup v2)."""
     device = torch.device(device)
     if device.type == "cpu":
         return min([int(psutil.virtual_memory().available), *_left_in_container()])

@@ -13,11 +13,10 @@ def main() -> None:
     Taught in: 03_models_and_tasks.
     """
     parser = argparse.ArgumentParser(prog="python -m samlib.fetch", description=main.__doc__)
-    parser.add_argument("tasks", nargs="*", help=f"such as {', '.join(catalogue.known())}")
+    parser.add_argument("tasks", nargs="*", help="such as mnist and dtd, or folders in SAMLIB_DATA")
     parser.add_argument("--model", default=catalogue.TESTBED, help="testbed, or such as ViT-B-32/openai")
     a = parser.parse_args()
     try:
-        catalogue.check(a.model)
         hub.need(a.model, a.tasks)
         _fetch(a.model, a.tasks)
     except (KeyError, ValueError, ConnectionError) as error:

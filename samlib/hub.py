@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,25 +33,43 @@ def need(model: str, tasks: Sequence[str] = ()) -> None:
 
     Raises:
         KeyError: no such task.
-        ConnectionError: something is neither here nor to be had.
+        ValueError: no such model.
+        ConnectionError: something is neither here nor to be had; the message lists all of it.
     """
-    missing = [_about_weights(model)] if _weights_missing(model) else []
+    catalogue.check(model)
     size = catalogue.image_size(model)
-    for task in tasks:  # where HF_HUB_OFFLINE is set, the hub's own cache may have them
-        if not catalogue.folder(task) and not catalogue.decoded(task, size).is_dir() and not constants.HF_HUB_OFFLINE:
-            missing.append(_about_dataset(task))
-    if missing:
-        _ask(lambda: huggingface_hub.get_session().head(constants.ENDPOINT, timeout=SECONDS), *missing[0])
+    missing = [task for task in tasks if not catalogue.folder(task) and not catalogue.decoded(task, size).is_dir()]
+    if constants.HF_HUB_OFFLINE:
+        missing = [task for task in missing if not _in_caches(task)]
+    if missing or not _weights_here(model):
+        _ask(lambda: huggingface_hub.get_session().head(constants.ENDPOINT, timeout=SECONDS), model, missing)
 
 
-def dataset(name: str) -> tuple[datasets.DatasetDict, str | None]:
+def commit(task: str) -> str | None:
+    """The commit of a task's dataset that is to be fetched, or None where HF_HUB_OFFLINE is set and nobody is asked.
+
+    Args:
+        task: key in HUB.
+
+    Raises:
+        ConnectionError: the hub does not answer.
+    """
+    row = HUB[task]
+    if constants.HF_HUB_OFFLINE:
+        return row.revision
+    api = huggingface_hub.HfApi()
+    return _ask(lambda: str(api.dataset_info(row.id, revision=row.revision, timeout=SECONDS).sha), None, [task])
+
+
+def dataset(task: str, revision: str | None) -> datasets.DatasetDict:
     """A dataset of the table, downloaded; or, where HF_HUB_OFFLINE is set, from the hub's own cache.
 
     Args:
-        name: key in HUB.
+        task: key in HUB.
+        revision: as `commit` tells it.
 
     Returns:
-        Its splits with columns `image` and `label`, and the commit they are from, None where nobody could be asked.
+        Its splits with columns `image` and `label`.
 
     Raises:
         ConnectionError: the hub does not answer.
@@ -59,78 +78,60 @@ def dataset(name: str) -> tuple[datasets.DatasetDict, str | None]:
     """
     import datasets
 
-    row, (wanted, remedy) = HUB[name], _about_dataset(name)
-
-    def commit() -> str:
-        info = huggingface_hub.HfApi().dataset_info(row.id, revision=row.revision, timeout=SECONDS)
-        return str(info.sha)
-
-    offline = bool(constants.HF_HUB_OFFLINE)  # then the hub's own cache may have it
-    revision = row.revision if offline else _ask(commit, wanted, remedy)
     try:
-        return datasets.load_dataset(row.id, row.config, revision=revision), revision
+        return datasets.load_dataset(HUB[task].id, HUB[task].config, revision=revision)
     except (OSError, ValueError) as error:
-        raise _unreachable(wanted, error, remedy) from None
+        raise _unreachable(error, None, [task]) from None
 
 
-def weights(model: str, tag: str, repository: str) -> Path:
+def weights(model: str) -> Path:
     """The file of a pre-trained open_clip model, downloaded or from the hub's own cache.
 
     Args:
-        model: open_clip's name of the architecture, such as "ViT-B-32".
-        tag: open_clip's name of the weights, such as "openai".
-        repository: where open_clip says that they are on the hub, "owner/name" or "".
+        model: as `clip.load` knows it, with a tag, such as "ViT-B-32/openai".
 
     Returns:
         A safetensors file.
 
     Raises:
-        ValueError: they are not on the hub.
         ConnectionError: the hub does not answer.
     """
-    repository = repository.rstrip("/")
-    if repository.count("/") != 1:
-        raise ValueError(f"the weights {tag!r} of {model} are not on the hub as safetensors: choose other ones")
+    repository = _repository(model)
     found = huggingface_hub.try_to_load_from_cache(repository, WEIGHTS)
     if isinstance(found, str):
         return Path(found)
-    wanted, remedy = _about_weights(f"{model}/{tag}")
     url = huggingface_hub.hf_hub_url(repository, WEIGHTS)
-    _ask(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=SECONDS), wanted, remedy)
+    _ask(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=SECONDS), model, [])
     try:
         return Path(huggingface_hub.hf_hub_download(repository, WEIGHTS))
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise _unreachable(wanted, error, remedy) from None
+        raise _unreachable(error, model, []) from None
 
 
-def _weights_missing(model: str) -> bool:
-    """Whether a model's weights can only come from the hub: no file, and not one such file in the hub's own cache."""
+def _repository(model: str) -> str:
+    """Where open_clip says that a model's weights are on the hub, "owner/name"."""
+    return str(catalogue.released(model)["hf_hub"]).rstrip("/")
+
+
+def _weights_here(model: str) -> bool:
+    """Whether a model's weights are embedded, in a file that its name gives, random, or in the hub's own cache."""
     _, tag, file = catalogue.parts(model)
     if model == catalogue.TESTBED or tag == catalogue.RANDOM or file:
-        return False
-    return not any(Path(constants.HF_HUB_CACHE).glob(f"models--*/snapshots/*/{WEIGHTS}"))
+        return True
+    return isinstance(huggingface_hub.try_to_load_from_cache(_repository(model), WEIGHTS), str)
 
 
-def _about_weights(model: str) -> tuple[str, str]:
-    """What a model needs from the hub, and what to do without it."""
-    name, tag, _ = catalogue.parts(model)
-    return f"the weights {tag!r} of {name} are on the Hugging Face hub", (
-        f"With a network, run once: python -m samlib.fetch --model {model}; "
-        f"or name a file: {model}@/absolute/path/{WEIGHTS}"
+def _in_caches(task: str) -> bool:
+    """Whether the hub's own caches have something of a task's dataset."""
+    caches = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
+    owner, name = HUB[task].id.split("/")
+    return any(
+        folder.is_dir()
+        for folder in (Path(constants.HF_HUB_CACHE) / f"datasets--{owner}--{name}", caches / f"{owner}___{name}")
     )
 
 
-def _about_dataset(task: str) -> tuple[str, str]:
-    """What a task needs from the hub, and what to do without it."""
-    return f"task {task!r} is the dataset {HUB[task].id} of the Hugging Face hub", (
-        f"With a network, run once: python -m samlib.fetch {task} --model MODEL, for the model that will read it "
-        f"(it fills {store.images_folder()}); if the hub's own cache has it, set HF_HUB_OFFLINE=1; "
-        f"or let SAMLIB_DATA name a folder that holds {task}/train-*.parquet and {task}/test-*.parquet "
-        f"with the columns image and label"
-    )
-
-
-def _ask(question: Callable[[], Answer], wanted: str, remedy: str) -> Answer:
+def _ask(question: Callable[[], Answer], model: str | None, tasks: Sequence[str]) -> Answer:
     """One try, in a thread of its own: a resolver without a network may outlast every timeout of the library."""
     answers: list[Any] = []
 
@@ -145,13 +146,34 @@ def _ask(question: Callable[[], Answer], wanted: str, remedy: str) -> Answer:
     thread.join(SECONDS + 0.5)
     answer = answers[0] if answers else TimeoutError(f"no answer in {SECONDS:.0f} s")
     if isinstance(answer, Exception):
-        raise _unreachable(wanted, answer, remedy)
+        raise _unreachable(answer, model, tasks)
     return answer
 
 
-def _unreachable(wanted: str, error: Exception, remedy: str) -> Exception:
-    """What to raise: the one helpful error, but a full disk is told as what it is."""
+def _unreachable(error: Exception, model: str | None, tasks: Sequence[str]) -> Exception:
+    """What to raise: the one helpful error, but a full disk is told as what it is.
+
+    Args:
+        error: what went wrong.
+        model: that will read the tasks, and may itself be missing; None if it is not known here.
+        tasks: that are missing.
+    """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return error
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return ConnectionError(f"{wanted}, which cannot be had here ({reason}). {remedy}")
+    wanted = [f"task {task!r}, the dataset {HUB[task].id}" for task in tasks]
+    remedies = ["let SAMLIB_DATA name a folder with <task>/train-*.parquet and <task>/test-*.parquet (image, label)"]
+    if tasks and not constants.HF_HUB_OFFLINE:
+        remedies.insert(0, "if the hub's own cache has the datasets, set HF_HUB_OFFLINE=1")
+    if not tasks:
+        remedies = []
+    if model and not _weights_here(model):
+        name, tag, _ = catalogue.parts(model)
+        wanted.insert(0, f"the weights {tag!r} of {name}, {WEIGHTS} in {_repository(model)}")
+        remedies.append(f"name the weights' file: {model}@/absolute/path/{WEIGHTS}")
+    fetch = " ".join(["python -m samlib.fetch", *tasks, "--model", model or "MODEL"])
+    filled = f" (it fills {store.images_folder()})" if tasks else ""
+    return ConnectionError(
+        f"This needs {'; '.join(wanted)}. That is on the Hugging Face hub, which cannot be had here ({reason}). "
+        f"With a network, run once: {fetch}{filled}; or {'; or '.join(remedies)}"
+    )

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import yaml
 
 from samlib import catalogue
 from samlib.hub_table import HUB
+from samlib.recipe import whole
 
 
 @dataclass(frozen=True)
@@ -171,11 +173,6 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def whole(value: object, least: int) -> bool:
-    """Whether value is an integer (no bool) of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _whole(least: int) -> Callable[[Any], bool]:
     return lambda value: whole(value, least)
 
@@ -192,6 +189,10 @@ def listed(value: Any) -> Any:
         except yaml.YAMLError:
             return value
     return value
+
+
+def _device(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value))
 
 
 def _tasks(value: Any) -> bool:
@@ -217,7 +218,10 @@ _NAMES = (*catalogue.TASKS, *HUB, "the folders in SAMLIB_DATA")
 PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preset": (f"one of {', '.join(PRESETS)}", lambda value: isinstance(value, str) and value in PRESETS),
     "seed": ("an integer >= 0", _whole(0)),
-    "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", lambda value: isinstance(value, str)),
+    "device": (
+        "'auto', 'cpu', 'cuda' or 'cuda:N'",
+        _device,
+    ),
     "tasks": (f"'all' (the preset's) or a list of different names out of {', '.join(_NAMES)}", _tasks),
     "model": ("None, 'testbed' or such as 'ViT-B-32/openai'", _model),
     "optimizer": ("adamw, sam or asam", lambda value: value in ("adamw", "sam", "asam")),
@@ -281,13 +285,13 @@ def chosen(parameters: dict[str, Any]) -> Preset:
 
 
 def needs(parameters: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """Model and tasks that a notebook loads; one that has no such parameter loads the testbed's model and no task.
+    """Model and tasks that a notebook loads; one that has no such parameters loads the testbed's model and no task.
 
     Args:
         parameters: checked.
     """
     preset = chosen(parameters)
-    model = preset.model if "model" in parameters else catalogue.TESTBED
+    model = preset.model if {"model", "tasks"} & parameters.keys() else catalogue.TESTBED
     return model, preset.tasks if "tasks" in parameters else ()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from samlib.presets import whole
-
 OPTIMIZERS = ("adamw", "sam", "asam", "rwp")
 AVERAGES = ("none", "ema", "swa")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # name -> torch's
@@ -127,3 +125,8 @@ class Recipe:
     def gradients(self) -> int:
         """Gradients taken in all, the unit of cost: one a step, and one more where SAM climbs."""
         return self.steps + (-(-self.steps // self.every) if self.rho > 0 else 0)
+
+
+def whole(value: object, least: int) -> bool:
+    """Whether value is an integer (no bool) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

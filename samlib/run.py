@@ -157,6 +157,19 @@ def begin(notebook: str, **parameters: Any) -> Run:
     """
     check(notebook, parameters)
     hub.need(*needs(parameters))
+    return start(notebook, parameters)
+
+
+def start(notebook: str, parameters: dict[str, Any]) -> Run:
+    """What `begin` does when all is checked and at hand.
+
+    Args:
+        notebook, parameters: as for `begin`.
+
+    Raises:
+        ValueError: the device is absent.
+        MemoryError: as `begin`.
+    """
     import torch
 
     from samlib import estimate

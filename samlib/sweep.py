@@ -14,20 +14,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
-import pandas as pd
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from samlib import cache, hub  # whatever loads torch is imported where it is needed: mistakes are told at once
+from samlib import cache, hub  # what is slow to load is imported where it is needed: mistakes are told at once
 from samlib.grid import Point, Sweep, known, read, words
-from samlib.presets import needs
+from samlib.presets import PARAMETERS, check, needs
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 PROVENANCE = ("path", "commit", "seconds")  # columns of the table, beside parameters and numbers
 CHILD = """
@@ -153,6 +154,19 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _need(sweep: Sweep) -> None:
+    """Refuse a sweep whose missing runs want something of the hub, while it does not answer."""
+    wanted = set()
+    for point, file in zip(sweep.points, sweep.files, strict=True):
+        everything = sweep.defaults | sweep.fixed | point
+        parameters = {name: value for name, value in everything.items() if name in PARAMETERS}
+        with suppress(ValueError):  # a notebook that gives these names a meaning of its own
+            check(sweep.notebook.stem, parameters)
+            wanted |= set() if file.exists() else {needs(parameters)}
+    for model, tasks in sorted(wanted):
+        hub.need(model, tasks)
+
+
 @contextmanager
 def _workers(scheduler: str | None, places: Sequence[str | None] | None) -> Iterator[None]:
     """Threads here, each waiting for a process; or the workers of a dask cluster."""
@@ -206,6 +220,8 @@ def collect(sweep: Sweep) -> pd.DataFrame:
 
     Taught in: 08_sweep.
     """
+    import pandas as pd
+
     names = list(dict.fromkeys(name for point in sweep.points for name in point))
     plain = {n for n in names if all(isinstance(p.get(n), (int, float, type(None))) for p in sweep.points)}
     rows = []
@@ -231,6 +247,7 @@ def draw(table: pd.DataFrame, ax: Axes, x: str, y: str, hue: str | None = None) 
         x, y, hue: names of columns. The axis of x is logarithmic where its positive values span a decade, with a place
             of its own for 0.
     """
+    import pandas as pd
     import seaborn as sns
 
     from samlib.plot import COLOURS
@@ -257,6 +274,8 @@ def save(sweep: Sweep, table: pd.DataFrame) -> list[Path]:
     Raises:
         ValueError: the figure's y is no column.
     """
+    from matplotlib.figure import Figure
+
     files = [sweep.out / "sweep.parquet"]
     with cache.replacing(files[0]) as scratch:
         table.to_parquet(scratch)
@@ -284,10 +303,9 @@ def publish(sweep: Sweep, table: pd.DataFrame, folder: Path | None = None) -> Pa
 
     Taught in: 08_sweep.
     """
-    from samlib.presets import PARAMETERS
-    from samlib.run import begin
+    from samlib.run import start
 
-    run = begin(sweep.notebook.stem, **{name: value for name, value in sweep.fixed.items() if name in PARAMETERS})
+    run = start(sweep.notebook.stem, {name: value for name, value in sweep.fixed.items() if name in PARAMETERS})
     commits = ", ".join(sorted(set(table["commit"].dropna())))
     stamp = run.stamp() | {"commit": commits, "seconds": round(float(table["seconds"].sum()), 1)}
     if "seed" in table:
@@ -315,9 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if absent := [name for name in ("papermill", "myst_nb") if importlib.util.find_spec(name) is None]:
                 raise ValueError(f"{absent[0]} is missing: pip install 'samlib[book]'")
             sweep = read(a.file, a.out)
-            if not a.scheduler:
-                for wanted in {needs(sweep.defaults | sweep.fixed | point) for point in sweep.points}:
-                    hub.need(*wanted)
+            if not a.scheduler:  # whose machines may have what this one lacks
+                _need(sweep)
             gpus = 0 if sweep.fixed.get("device") == "cpu" else importlib.import_module("torch").cuda.device_count()
             shown = os.environ.get("CUDA_VISIBLE_DEVICES")
             places = None if a.scheduler else slots(a.jobs, joblib.cpu_count(), gpus, shown)

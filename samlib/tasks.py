@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from samlib import cache as store
-from samlib import catalogue, images
+from samlib import catalogue, hub, images
 from samlib.catalogue import FOLDER, SIZE, SPLITS
 from samlib.hub_table import HUB
 from samlib.task_table import TASK_TABLE
@@ -212,12 +212,13 @@ def _stored(name: str, folder: Path | None, size: int, cache: Path, kind: str | 
     """
     stored = catalogue.decoded(name, size, kind)
     if not stored.is_dir():
-        from samlib import hub, tables
+        revision = None if folder else hub.commit(name)  # a missing network is told before anything slow is loaded
+        from samlib import tables
 
         with store.alone(stored):
             if not stored.is_dir():
                 splits = ("train", kind) if kind else SPLITS
-                found, revision = (tables.local(folder, splits), None) if folder else hub.dataset(name)
+                found = tables.local(folder, splits) if folder else hub.dataset(name, revision)
                 classes, found = tables.checked(name, found, splits)
                 wanted = {kind: found[kind]} if kind else tables.with_validation(found)
                 images.write(stored, wanted, size, size == SIZE, {"classes": classes, "revision": revision})

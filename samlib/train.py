@@ -35,11 +35,13 @@ def main() -> None:
     a = parser.parse_args()
     try:
         recipe = Recipe(**a.recipe)
-        catalogue.check(a.model)
         hub.need(a.model, recipe.tasks)
-        clip, device, before = _load(a.model, a.device)
     except (TypeError, ValueError, KeyError, ConnectionError) as error:
         parser.error(error.args[0])
+    try:
+        clip, device, before = _load(a.model, a.device)
+    except (ValueError, ConnectionError) as error:
+        parser.error(str(error))
     import torch
 
     from samlib import estimate, finetune

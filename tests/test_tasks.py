@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -259,7 +260,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "SECONDS", 0.2)
     begun = time.monotonic()
-    with pytest.raises(ConnectionError, match="'dtd' is the dataset tanganke/dtd .*python -m samlib.fetch dtd.*SAMLIB"):
+    with pytest.raises(ConnectionError, match="'dtd', the dataset tanganke/dtd. .*samlib.fetch dtd --model.*SAMLIB"):
         tasks.load("dtd", 224)
     assert time.monotonic() - begun < 5
 
@@ -330,13 +331,18 @@ def test_images_are_decoded_by_one_process_at_a_time(tmp_path: Path, monkeypatch
     stored = catalogue.decoded("busy", 33)
     left = stored.with_name(f".{stored.name}-killed")
     left.mkdir(parents=True)
+    young = left.with_name(f".{stored.name}-other-machine")
+    young.mkdir()
+    os.utime(left, (0, 0))
+    written = []
+    monkeypatch.setattr(images, "write", lambda *a, write=images.write: written.append(a) or write(*a))
     with ThreadPoolExecutor() as pool:
         with cache.alone(stored):
-            assert not left.exists()  # what a killed process leaves
+            assert not left.exists() and young.exists()  # what a killed process left long ago
             loads = [pool.submit(tasks.load, "busy", 33) for _ in range(2)]
             time.sleep(0.5)
             assert not any(load.done() for load in loads) and list(stored.parent.glob("busy-*")) == []
-        assert [len(load.result().test) for load in loads] == [20, 20]
+        assert [len(load.result().test) for load in loads] == [20, 20] and len(written) == 1
 
 
 def test_a_damaged_store_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

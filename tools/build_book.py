@@ -33,6 +33,7 @@ import nbformat
 import yaml
 
 from samlib.cache import read_json, without_prose, write_json
+from samlib.presets import PRESETS
 from tools.check_offline import problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -437,8 +438,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit = "seconds that one cell may take (default: %(default)s)"
     parser.add_argument("--execution-timeout", type=int, default=7200, metavar="S", help=limit)
     options = parser.parse_args(arguments)
-    from samlib.presets import PRESETS  # here, because it takes seconds and --help should not
-
     if options.preset not in PRESETS:
         parser.error(f"there is no preset {options.preset!r}, only {', '.join(PRESETS)}")
     try:
