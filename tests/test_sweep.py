@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -376,3 +377,18 @@ def test_the_books_sweep_is_one() -> None:
     asked = grid_module.read(Path(__file__).parents[1] / "notebooks" / "sweep.yaml")
     assert asked.notebook.name == "08_sweep.ipynb" and asked.name == "sweep"
     assert {point["optimizer"] for point in asked.points} == {"adamw", "sam", "asam"}
+
+
+def test_only_missing_runs_ask_for_what_is_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sweep.hub, "need", lambda model, tasks: asked.append((model, tasks)))
+    points = [{"model": "ViT-B-32/random"}, {"model": "ViT-B-16/random"}]
+    files = [tmp_path / "a.ipynb", tmp_path / "b.ipynb"]
+    wanted = grid_module.Sweep(
+        "s", Path("own.ipynb"), tmp_path, {"preset": "paper", "tasks": "all"}, {}, points, files, {}
+    )
+    files[0].touch()
+    sweep._need(dataclasses.replace(wanted, fixed={"tasks": ["mnist"]}))
+    assert asked == [("ViT-B-16/random", ("mnist",))]
+    sweep._need(dataclasses.replace(wanted, defaults={"preset": "mine", "seeds": 3, "tasks": "mnist", "width": 1}))
+    assert len(asked) == 1  # a notebook whose parameters are not samlib's
