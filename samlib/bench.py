@@ -101,7 +101,13 @@ def at_best_lambda(
     Returns:
         theta_0 + lambda (theta_1 - theta_0), and `lam`, `curve` (mean normalised accuracy at each candidate) and
         `validation` (mean accuracy at the best).
+
+    Raises:
+        ValueError: a task's own model is never right, so that nothing can be normalised by it.
     """
+    for name, accuracy in zip(bench.names, single, strict=True):
+        if accuracy == 0:
+            raise ValueError(f"the model of {name} gets no validation image right: raise steps, lr or n_eval")
     curve = accuracy_curve(bench.encoder, bench.theta_0, theta_1, grid, bench.validations, bench.heads)  # (G, T)
     ratios = curve / torch.tensor(single, dtype=torch.float64)
     lam = choose_lambda(ratios, grid)[0]

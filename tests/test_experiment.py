@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from samlib import clip, experiment, publish, report
+from samlib.bench import at_best_lambda, bench
 from samlib.experiment import ARMS, ROWS
 from samlib.run import Run, begin
 
@@ -156,3 +157,9 @@ def test_three_lines_of_the_readme_take_a_folder_of_images_to_a_merged_model(
     printed = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
     assert set(printed["accuracy"]) == {"birds", "digits"} and 0 < printed["normalised"] <= 2
     assert len(list((tmp_path / "cache" / "finetune").glob("*/theta.safetensors"))) == 2
+
+
+def test_a_model_that_is_never_right_has_no_normalised_accuracy(run: Run, tiny: Any) -> None:
+    b = bench(run, tiny)
+    with pytest.raises(ValueError, match="the model of cool gets no validation image right: raise steps"):
+        at_best_lambda(b, b.theta_0, (0.0, 1.0), [0.5, 0.0])
