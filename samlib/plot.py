@@ -30,11 +30,22 @@ def style() -> None:
     }
 
 
-def stamp(figure: Figure, run: Run) -> None:
-    """Print where the figure comes from under it: notebook, preset, seeds, commit."""
-    facts = run.stamp()
+def stamp(figure: Figure, run: Run, published: str | None = None, beside: bool = False) -> None:
+    """Print where the figure comes from under it: notebook, preset, seeds, commit.
+
+    Args:
+        figure: to print on.
+        run: of the page.
+        published: name of the published values that are drawn, such as "experiment.published"; where there are none,
+            the figure is taken to show the run.
+        beside: the figure shows both, the run and what is published.
+    """
+    facts, theirs = run.stamp(), run.published_stamp(published) if published else None
     seeds = ", ".join(map(str, facts["seeds"]))
-    text = f"{facts['notebook']}, preset {facts['preset']}, seeds {seeds}, commit {facts['commit'][:12]}"
+    own = f"{facts['notebook']}, preset {facts['preset']}, seeds {seeds}, commit {facts['commit'][:12]}"
+    text = f"published values {published}, commit {theirs['commit'][:12]}" if theirs else own
+    if theirs and beside:
+        text = f"this run: {own}; {text}"
     figure.supxlabel(text, fontsize=6, color="0.45", x=0.99, ha="right")
 
 

@@ -25,6 +25,11 @@ def glue(name: str, value: float | str) -> None:
         hand_over(name, value, display=False)
 
 
+def count(n: int, word: str) -> str:
+    """A number of things in words, such as "2 seeds"."""
+    return f"{n} {word}{'s' if n != 1 else ''}"
+
+
 def glue_interval(name: str, samples: Sequence[float], scale: float = 1.0) -> None:
     """Glue `name` (mean), `name`_low and `name`_high (95 % interval) and `name`_n (number of seeds).
 

@@ -120,6 +120,11 @@ class Run:
         path = self.published / f"{name}.json"
         return store.read_json(path)["values"] if path.exists() else None
 
+    def published_stamp(self, name: str) -> dict[str, Any] | None:
+        """Where the published values of a name come from, as `stamp` told it then, or None."""
+        path = self.published / f"{name}.json"
+        return store.read_json(path)["stamp"] if path.exists() else None
+
     def stamp(self) -> dict[str, Any]:
         """Where the numbers come from: code, parameters, versions, device, time."""
         from samlib import provenance
