@@ -26,6 +26,7 @@ from samlib.recipe import PRECISIONS, Recipe
 
 FLOAT = 4  # bytes: weights, gradients and moments are fp32 whatever the precision of the forward pass
 SHARE = 0.85  # of the free memory that a run may take
+PROCESS = 6e8  # bytes of a process with the libraries before it does anything
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,17 @@ def micro_batch(model: str, batch_size: int, device: str | torch.device, precisi
         if images == 1:
             raise MemoryError(f"{model} needs {needed / 1e9:.1f} GB to be trained, {free / 1e9:.1f} GB are free")
         images = -(-images // 2)
+
+
+def processes(model: str, recipes: Sequence[Recipe]) -> int:
+    """How many processes, each with a model of its own, can train side by side in the CPU's free memory; at least 1.
+
+    Args:
+        model: as `clip.load` knows it.
+        recipes: what they train, one after the other; the largest counts.
+    """
+    largest = max(sum(memory(model, recipe).values()) for recipe in recipes)
+    return max(1, int(SHARE * free_memory("cpu") // (PROCESS + largest)))
 
 
 def free_memory(device: str | torch.device) -> int:

@@ -108,7 +108,7 @@ def finetune_many(
     Args:
         recipes: what to train; equal recipes are trained once.
         clip, device, cache: as in `finetune`.
-        jobs: processes on the CPU, >= 1; None for one a core.
+        jobs: processes on the CPU, >= 1; None for one a core. Fewer where the free memory does not suffice.
 
     Returns:
         The results in the order of the recipes.
@@ -125,6 +125,8 @@ def finetune_many(
     folders = {recipe: result_folder(recipe, clip, device, cache) for recipe in recipes}
     todo = [recipe for recipe, folder in folders.items() if not folder.is_dir()]
     jobs = min(jobs, len(todo)) if device.type == "cpu" and _processes() == 1 else 1
+    if jobs > 1:
+        jobs = min(jobs, estimate.processes(clip.name, todo))
     if jobs <= 1:
         running: Iterator[Recipe] = (_fill(folders[recipe], recipe, clip, device) for recipe in todo)
     else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,10 @@ def test_a_container_s_limit_counts(tmp_path: Path) -> None:
     assert estimate._left_in_container(tmp_path) == []
     (tmp_path / "memory.max").write_text("5000\n")
     assert estimate._left_in_container(tmp_path) == [5000 - 3000 + 700]
+
+
+def test_no_more_processes_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = estimate.PROCESS + sum(estimate.memory("testbed", SAM).values())
+    for free, n in ((0.5, 1), (1.2, 1), (3.6, 3)):
+        monkeypatch.setattr(estimate, "free_memory", lambda _, free=free: free * one)
+        assert estimate.processes("testbed", [dataclasses.replace(SAM, micro_batch=1), SAM]) == n

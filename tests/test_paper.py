@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import nbformat
+import papermill
 import pytest
 import torch
 from conftest import write_split
@@ -21,6 +23,7 @@ from samlib import finetune as finetune_module
 from samlib.bench import at_best_lambda, bench, score
 from samlib.experiment import recipes
 from samlib.finetune import Finetuned, finetune
+from samlib.grid import declared
 from samlib.interference import xi
 from samlib.merge import task_arithmetic, task_vector
 from samlib.run import Run, begin
@@ -173,3 +176,22 @@ def test_memory_and_time_are_as_estimated(run: Run, capsys: pytest.CaptureFixtur
         if 0.75 < ratios[-1] < 1.25:
             return
     raise AssertionError(f"estimated time over measured time: {ratios}")
+
+
+CHAPTERS = sorted((Path(__file__).parents[1] / "notebooks").glob("0*.ipynb"))
+SMALLER = "ViT-S-32/random"  # a quarter of the weights, so that eight chapters take minutes
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_every_chapter_runs_with_the_preset_paper(chapter: Path, run: Run, tmp_path: Path) -> None:
+    """With another model, two of the hub's tasks and tiny sizes; what one computes is kept for the next."""
+    wanted = {"model": SMALLER, "tasks": ["mnist", "dtd"], "steps": 2, "batch_size": 4, "n_train": 40, "n_eval": 40}
+    notebook = nbformat.read(chapter, as_version=4)
+    known = declared(notebook)
+    given = {"preset": "paper"} | {name: value for name, value in wanted.items() if name in known}
+    done = papermill.execute_notebook(
+        chapter, tmp_path / chapter.name, given, cwd=chapter.parent, kernel_name="python3", progress_bar=False
+    )
+    assert not any(output.output_type == "error" for cell in done.cells for output in cell.get("outputs", []))
+    stamp = "".join(str(cell.get("outputs", "")) for cell in done.cells)
+    assert SMALLER in stamp or "model" not in known
