@@ -26,7 +26,7 @@ from samlib.recipe import PRECISIONS, Recipe
 
 FLOAT = 4  # bytes: weights, gradients and moments are fp32 whatever the precision of the forward pass
 SHARE = 0.85  # of the free memory that a run may take
-PROCESS = 6e8  # bytes of a process with the libraries before it does anything
+PROCESS = 9e8  # bytes of a process with the libraries before it does anything
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from samlib import batches, checkpoint, provenance, sam, tasks
+from samlib import batches, checkpoint, estimate, provenance, sam, tasks
 from samlib import cache as store
 from samlib import clip as clip_module
 from samlib.batches import augment, batch_indices, lr_at
