@@ -59,7 +59,7 @@ class TinyClip:
     tokenizer: Any
     fingerprint: str
     size: int = 32
-    name: str = "tiny"
+    name: str = "testbed"  # as `clip.load` knows a model
 
 
 @pytest.fixture(scope="session")
