@@ -63,9 +63,10 @@ def main() -> None:
 
 def _load(model: str, device: str) -> tuple[Clip, torch.device, int]:
     """The model on its device, and the memory in use before; under torchrun with the other processes at hand."""
+    import open_clip  # noqa: F401  (here, so that libraries count as in use before)
     import torch
 
-    from samlib import clip, estimate
+    from samlib import clip, estimate, finetune  # noqa: F401
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
