@@ -42,8 +42,8 @@ def stamp(figure: Figure, run: Run, published: str | None = None, beside: bool =
     """
     facts, theirs = run.stamp(), run.published_stamp(published) if published else None
     seeds = ", ".join(map(str, facts["seeds"]))
-    own = f"{facts['notebook']}, preset {facts['preset']}, seeds {seeds}, commit {facts['commit'][:12]}"
-    text = f"published values {published}, commit {theirs['commit'][:12]}" if theirs else own
+    own = f"{facts['notebook']}, preset {facts['preset']}, seeds {seeds}, commit {facts['commit']}"
+    text = f"published values {published}, commit {theirs['commit']}" if theirs else own
     if theirs and beside:
         text = f"this run: {own}; {text}"
     figure.supxlabel(text, fontsize=6, color="0.45", x=0.99, ha="right")

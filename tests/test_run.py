@@ -7,12 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 import nbformat
 import papermill
 import pytest
 import torch
 
-from samlib import catalogue, estimate, hub, presets
+from samlib import cache as store
+from samlib import catalogue, estimate, hub, plot, presets
 from samlib.hub_table import HUB
 from samlib.presets import PRESETS
 from samlib.run import Run, begin, interval, paired_interval
@@ -264,3 +266,17 @@ def test_paired_interval_is_that_of_the_differences() -> None:
     assert same == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="same length"):
         paired_interval([1.0], [1.0, 2.0])
+
+
+def test_a_figure_says_whether_it_shows_the_run_or_what_is_published(run: Run) -> None:
+    def line(*arguments: object, **keywords: object) -> str:
+        figure = plt.figure()
+        plot.stamp(figure, run, *arguments, **keywords)
+        plt.close(figure)
+        return figure.get_supxlabel()
+
+    own = line()
+    assert own.startswith(f"{run.notebook}, preset {run.preset.name}") and own == line("a.published")  # none yet
+    store.write_json(run.published / "a.published.json", {"values": 1, "stamp": {"commit": "0123-dirty"}})
+    assert line("a.published") == "published values a.published, commit 0123-dirty"
+    assert line("a.published", beside=True) == f"this run: {own}; published values a.published, commit 0123-dirty"
