@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from dataclasses import replace
 
 from samlib.run import begin  # whatever loads torch is imported where it is needed: mistakes are told at once
 
@@ -16,7 +17,12 @@ def main() -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--preset", default="published")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
+    parser.add_argument(
+        "--lengths", type=float, nargs="+", help="of `experiment`, instead of the preset's, such as 0.5 1"
+    )
     a = parser.parse_args()
+    if a.lengths and a.experiment != "experiment":
+        parser.error(f"--lengths is for experiment, not for {a.experiment}")
     try:
         run = begin(a.experiment, preset=a.preset, model=None, tasks="all")
     except (ValueError, ConnectionError) as error:
@@ -24,6 +30,8 @@ def main() -> None:
     from samlib import clip
     from samlib.experiment import publish_runs
 
+    if a.lengths:
+        run = replace(run, preset=replace(run.preset, lengths=tuple(a.lengths)))
     module = importlib.import_module(f"samlib.{a.experiment}")
     loaded = clip.load(run.device, run.preset.model)
     for seed in a.seeds or run.preset.seeds:

@@ -115,11 +115,19 @@ def test_publishing_goes_on_where_it_stopped_and_replaces_other_recipes(
     assert asked == everything
     publish.main()
     assert asked == everything  # all of it was there
+    monkeypatch.setattr("sys.argv", ["publish", "experiment", "--preset", "smoke", "--lengths", "0.5"])
+    publish.main()
+    assert asked == everything
+    monkeypatch.setattr("sys.argv", ["publish", "experiment", "--preset", "smoke", "--lengths", "0.25", "--seeds", "3"])
+    publish.main()
+    assert asked == [*everything, *((arm, 3, 0.25) for arm in ARMS)]
+    del asked[len(everything) :]
+    monkeypatch.setattr("sys.argv", ["publish", "experiment", "--preset", "smoke"])
     here = dataclasses.replace(here, preset=dataclasses.replace(here.preset, rho_sam=0.5))
     publish.main()
     assert asked[len(everything) :] == [("SAM", 3, 1.0), ("SAM", 3, 0.5)]  # the one arm whose recipes changed
     runs = here.published_values("experiment.smoke")["runs"]
-    assert len(runs) == len(everything) and {r["rho"] for r in runs if r["arm"] == "SAM"} == {0.5}
+    assert len(runs) == len(everything) + len(ARMS) and {r["rho"] for r in runs if r["arm"] == "SAM"} == {0.005, 0.5}
 
 
 def test_verdict_follows_the_paired_interval() -> None:

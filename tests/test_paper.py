@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,11 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import nbformat
-import open_clip
 import pytest
 import torch
-from conftest import write_split
+from conftest import HUB_TASKS as TASKS
 
 from samlib import clip as clip_module
 from samlib import curvature, tasks
@@ -23,29 +20,18 @@ from samlib import finetune as finetune_module
 from samlib.bench import at_best_lambda, bench, score
 from samlib.experiment import recipes
 from samlib.finetune import Finetuned, finetune
-from samlib.grid import declared
 from samlib.interference import xi
 from samlib.merge import task_arithmetic, task_vector
 from samlib.run import Run, begin
 
-TASKS = ("gtsrb", "mnist", "dtd")
 MODEL = "ViT-B-32/random"
-DATA = Path(os.environ.get("SAMLIB_DATA", "nowhere"))  # before the fixtures change it
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The three tasks from SAMLIB_DATA; where it has none, stand-ins of noise in the same layout."""
-    folder = DATA
-    if not all((DATA / name / "train-00000-of-00001.parquet").exists() for name in TASKS):
-        folder = tmp_path_factory.mktemp("data")
-        for seed, name in enumerate(TASKS):
-            for split, n in (("train", 60), ("test", 30)):
-                labels = [i % 3 for i in range(n)]
-                write_split(folder / name / f"{split}-00000-of-00001.parquet", labels, ["a", "b", "c"], seed)
+def run(hub_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAMLIB_DATA", str(folder))
+        patch.setenv("SAMLIB_DATA", str(hub_tasks))
         patch.setenv("SAMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         sizes = {"steps": 3, "batch_size": 4, "n_train": 12, "n_eval": 16}
         yield begin("dry_run", preset="paper", device="cpu", model=MODEL, tasks=list(TASKS), **sizes)
@@ -176,41 +162,3 @@ def test_memory_and_time_are_as_estimated(run: Run, capsys: pytest.CaptureFixtur
         if 0.75 < ratios[-1] < 1.25:
             return
     raise AssertionError(f"estimated time over measured time: {ratios}")
-
-
-CHAPTERS = sorted((Path(__file__).parents[1] / "notebooks").glob("0*.ipynb"))
-TINY = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def another_open_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH with an open_clip that knows one model more, a small one: chapters take seconds."""
-    package = tmp_path_factory.mktemp("packages") / "open_clip"
-    (package / "model_configs").mkdir(parents=True)
-    original = Path(open_clip.__file__).parent
-    for path in (*original.iterdir(), *(original / "model_configs").iterdir()):
-        if path.name != "model_configs":
-            (package / path.relative_to(original)).symlink_to(path)
-    (package / "model_configs" / "tiny-ViT.json").write_text(json.dumps(TINY))
-    return package.parent
-
-
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_every_chapter_runs_with_the_preset_paper(
-    chapter: Path, run: Run, another_open_clip: Path, tmp_path: Path
-) -> None:
-    """By papermill's command, with another model, two of the hub's tasks and small sizes; the cache is shared."""
-    wanted = {"model": "tiny-ViT/random", "tasks": "[mnist, dtd]"}
-    wanted |= {"steps": "4", "batch_size": "8", "n_train": "80", "n_eval": "40"}
-    known = declared(nbformat.read(chapter, as_version=4))
-    given = {"preset": "paper"} | {name: value for name, value in wanted.items() if name in known}
-    command = [sys.executable, "-m", "papermill", chapter.name, str(tmp_path / chapter.name), "-k", "python3"]
-    command += [word for name, value in given.items() for word in ("-p", name, value)]
-    environment = os.environ | {"PYTHONPATH": str(another_open_clip)}
-    done = subprocess.run(command, cwd=chapter.parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "model" not in known or wanted["model"] in (tmp_path / chapter.name).read_text()
