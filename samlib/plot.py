@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,6 +49,36 @@ def stamp(figure: Figure, run: Run, published: str | None = None, beside: bool =
     if theirs and beside:
         text = f"this run: {own}; {text}"
     figure.supxlabel(text, fontsize=6, color="0.45", x=0.99, ha="right")
+
+
+def slide(draw: Callable[[Any], Figure], slider: Any) -> Any:
+    """A slider above the figure of its value, for a notebook in which somebody can move it.
+
+    The figure is shown as a picture. `ipywidgets.interact` would catch output in a widget of its own, on which papermill
+    sometimes waits for ever (its issue 723).
+
+    Args:
+        draw: value of the slider -> figure, which is closed when it has been pictured.
+        slider: one of ipywidgets.
+
+    Returns:
+        A widget for IPython's `display`.
+
+    Taught in: 02_deriving_sam.
+    """
+    import ipywidgets
+
+    picture = ipywidgets.Image(format="png")
+
+    def show(_: Any = None) -> None:
+        figure, page = draw(slider.value), BytesIO()
+        figure.savefig(page, format="png")
+        plt.close(figure)
+        picture.value = page.getvalue()
+
+    slider.observe(show, "value")
+    show()
+    return ipywidgets.VBox([slider, picture])
 
 
 def images(pixels: Tensor, titles: Sequence[str], columns: int = 8) -> Figure:

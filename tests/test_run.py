@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
 import papermill
@@ -280,3 +281,21 @@ def test_a_figure_says_whether_it_shows_the_run_or_what_is_published(run: Run) -
     store.write_json(run.published / "a.published.json", {"values": 1, "stamp": {"commit": "0123-dirty"}})
     assert line("a.published") == "published values a.published, commit 0123-dirty"
     assert line("a.published", beside=True) == f"this run: {own}; published values a.published, commit 0123-dirty"
+
+
+def test_a_slider_shows_the_figure_of_its_value() -> None:
+    drawn = []
+
+    def draw(value: float) -> plt.Figure:
+        drawn.append(value)
+        figure, ax = plt.subplots()
+        ax.bar([0], [value])
+        return figure
+
+    slider = ipywidgets.FloatSlider(0.5, min=0, max=1)
+    box = plot.slide(draw, slider)
+    first = box.children[1].value
+    slider.value = 0.75
+    assert drawn == [0.5, 0.75] and not plt.get_fignums() and box.children[0] is slider
+    assert first.startswith(b"\x89PNG") and box.children[1].value != first
+    assert not any("Output" in type(widget).__name__ for widget in box.children)
