@@ -54,8 +54,8 @@ def stamp(figure: Figure, run: Run, published: str | None = None, beside: bool =
 def slide(draw: Callable[[Any], Figure], slider: Any) -> Any:
     """A slider above the figure of its value, for a notebook in which somebody can move it.
 
-    The figure is shown as a picture. `ipywidgets.interact` would catch output in a widget of its own, on which papermill
-    sometimes waits for ever (its issue 723).
+    The figure is shown as a picture. `ipywidgets.interact` would catch output in a widget of its own, on which
+    papermill sometimes waits for ever (its issue 723).
 
     Args:
         draw: value of the slider -> figure, which is closed when it has been pictured.
