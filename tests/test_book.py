@@ -81,6 +81,9 @@ class TestNotebook:
         assert build_book.tags(others[0]) == ["parameters"]
         assert others[1].source.startswith("from samlib.run import begin  #") and "import" not in others[1].source[30:]
 
+    def test_has_no_widget_that_can_block_papermill(self, path):
+        assert not re.search(r"\binteract(ive|ive_output)?\b", text_of(path, "code")), "use plot.slide"
+
     def test_never_installs_torch(self, path):
         code = text_of(path, "code")
         for line in re.findall(r"pip install.*", code):
