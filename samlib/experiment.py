@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from samlib import tasks
 from samlib.bench import at_best_lambda, bench, row, score
 from samlib.clip import Clip
-from samlib.finetune import Finetuned, Recipe, finetune_many
+from samlib.finetune import Finetuned, Recipe, finetune_many, train_many
 from samlib.interference import xi
 from samlib.merge import average, task_arithmetic, task_vector, ties
 from samlib.run import Run, interval, paired_interval
@@ -169,7 +169,7 @@ def measure_many(
         measure: this module's, or another module's.
     """
     todo = [recipe for arm, seed, length in wanted for recipe in recipes(run, arm, seed, length)]
-    finetune_many(todo, clip, run.device, run.cache, run.preset.jobs)
+    train_many(todo, clip, run.device, run.cache, run.preset.jobs)
     jobs = min(run.preset.jobs or joblib.cpu_count(), len(wanted)) if run.device == "cpu" else 1
     pool = joblib.Parallel(n_jobs=jobs, return_as="generator")
     calls = (joblib.delayed(measure)(run, clip, *what) for what in wanted)

@@ -118,6 +118,18 @@ def finetune_many(
 
     Taught in: 04_fine_tuning.
     """
+    folders = train_many(recipes, clip, device, cache, jobs)
+    return [_read(recipe, folder) for recipe, folder in zip(recipes, folders, strict=True)]
+
+
+def train_many(
+    recipes: Sequence[Recipe], clip: Clip, device: str | torch.device, cache: Path, jobs: int | None = None
+) -> list[Path]:
+    """As `finetune_many`, but the results stay on the disk: together they may be larger than the memory.
+
+    Returns:
+        Their folders, in the order of the recipes.
+    """
     device = torch.device(device)
     jobs = joblib.cpu_count() if jobs is None else jobs
     if jobs < 1:
@@ -137,7 +149,7 @@ def finetune_many(
     ) as bar:  # in units of cost, so that the estimate holds where SAM and AdamW are mixed
         for recipe in running:
             bar.update(recipe.gradients)
-    return [_read(recipe, folders[recipe]) for recipe in recipes]
+    return [folders[recipe] for recipe in recipes]
 
 
 def _fill(folder: Path, recipe: Recipe, clip: Clip, device: torch.device, show: bool = True) -> Recipe:

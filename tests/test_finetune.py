@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from samlib import batches, cache, catalogue, checkpoint, clip, finetune, sam, tasks
-from samlib.finetune import finetune_many
+from samlib.finetune import finetune_many, train_many
 from samlib.recipe import OPTIMIZERS, Recipe
 from samlib.train import main
 
@@ -599,6 +599,22 @@ def test_processes_give_the_weights_of_a_serial_run_in_the_order_of_the_recipes(
     assert all(same(a.theta, b.theta) for a, b in zip(serial, parallel, strict=True))
     with pytest.raises(ValueError, match="jobs must be"):
         finetune_many(recipes, tiny, "cpu", tmp_path, jobs=0)
+
+
+def test_what_is_trained_together_need_not_fit_into_the_memory_together(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("nothing is to be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_read", read)
+        wanted = [dataclasses.replace(RECIPE, seed=seed) for seed in (1, 0, 1)]
+        folders = train_many(wanted, tiny, "cpu", tmp_path, jobs=1)
+    assert folders[0] == folders[2] != folders[1]
+    for recipe, folder in zip(wanted, folders, strict=True):
+        done = finetune.finetune(recipe, tiny, "cpu", tmp_path)
+        assert same(load_file(folder / "theta.safetensors"), done.theta)
 
 
 # ---- recipes
