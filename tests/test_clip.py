@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -238,3 +239,17 @@ def test_the_configuration_is_part_of_the_fingerprint(tagged: Path) -> None:
 def test_batch_norms_are_refused() -> None:
     with pytest.raises(ValueError, match="RN50 has batch norms"):
         clip.load(model="RN50/random")
+
+
+def test_what_is_known_without_open_clip_is_what_open_clip_knows() -> None:
+    table = catalogue._table()
+    assert table is not sys.modules["open_clip.pretrained"] and set(catalogue._configurations()) <= set(
+        open_clip.list_models()
+    )
+    pairs = [(name, tag) for name, tag in open_clip.list_pretrained() if name != "tiny-ViT"]
+    assert len(pairs) > 100 and all(
+        table.get_pretrained_cfg(*pair) == open_clip.get_pretrained_cfg(*pair) for pair in pairs
+    )
+    for name, config in catalogue._configurations().items():
+        assert config == open_clip.get_model_config(name)
+        assert table.list_pretrained_tags_by_model(name) == open_clip.list_pretrained_tags_by_model(name)
