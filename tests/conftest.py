@@ -73,12 +73,12 @@ def tiny() -> Any:
     return TinyClip(TinyEncoder(), TinyText(), tokenize, "tiny")
 
 
-def write_split(path: Path, labels: list[int], names: list[str], seed: int) -> None:
-    """A parquet file in the hub's layout: noise whose channel `label` is bright."""
+def write_split(path: Path, labels: list[int], names: list[str], seed: int, signal: int = 80) -> None:
+    """A parquet file in the hub's layout: noise whose channel `label` is brighter by `signal`."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 120, (len(labels), 32, 32, 3), dtype=np.uint8)
     for image, label in zip(images, labels, strict=True):
-        image[..., label] += 80
+        image[..., label] += signal
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     columns = {"image": [Image.fromarray(image) for image in images], "label": labels}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,5 +111,5 @@ def hub_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(HUB_TASKS):
         for split, n in (("train", 300), ("test", 60)):
             labels = [i % 3 for i in range(n)]
-            write_split(folder / name / f"{split}-00000-of-00001.parquet", labels, ["a", "b", "c"], seed)
+            write_split(folder / name / f"{split}-00000-of-00001.parquet", labels, ["a", "b", "c"], seed, signal=0)
     return folder
