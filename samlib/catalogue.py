@@ -174,13 +174,14 @@ def _table() -> ModuleType:
     package = ModuleType("samlib._open_clip")  # open_clip's folder without what its __init__ loads
     package.__path__ = [str(_open_clip())]
     sys.modules[package.__name__] = package
-    unwanted = {"safetensors.torch": sys.modules.get("safetensors.torch")}  # would load torch; the table works without
-    sys.modules["safetensors.torch"] = None  # type: ignore[assignment]
+    loaded = sys.modules.get("safetensors.torch")
+    sys.modules["safetensors.torch"] = None  # type: ignore[assignment]  # would load torch; the table works without
     try:
         return importlib.import_module(".pretrained", package.__name__)
     finally:
         del sys.modules["safetensors.torch"]
-        sys.modules.update({name: module for name, module in unwanted.items() if module})
+        if loaded:
+            sys.modules["safetensors.torch"] = loaded
 
 
 def _open_clip() -> Path:

@@ -136,15 +136,14 @@ def _embedded(device: str | torch.device) -> Clip:
 
 def _open_clip(device: str | torch.device, model: str) -> Clip:
     catalogue.check(model)
-    hub.need(model)
-    import open_clip
-
     name, tag, file = catalogue.parts(model)
     released = catalogue.released(model)
     options: dict[str, Any] = {"force_quick_gelu": released.get("quick_gelu", False)}  # OpenAI's need it
     if tag != RANDOM:
-        file = file or hub.weights(model)
+        file = file or hub.weights(model)  # asked for before open_clip is loaded: a missing network is told at once
         options["pretrained"] = str(file)
+    import open_clip
+
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         try:

@@ -166,7 +166,7 @@ def measure_many(
         run: preset, device and cache.
         clip: the pre-trained model.
         wanted: what to measure, in the order of the answer.
-        measure: this module's, or another module's.
+        measure: this module's, or that of another module, such as `compare`.
     """
     todo = [recipe for arm, seed, length in wanted for recipe in recipes(run, arm, seed, length)]
     train_many(todo, clip, run.device, run.cache, run.preset.jobs)

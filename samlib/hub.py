@@ -96,10 +96,9 @@ def weights(model: str) -> Path:
     Raises:
         ConnectionError: the hub does not answer.
     """
+    if found := _cached(model):
+        return found
     repository = _repository(model)
-    found = huggingface_hub.try_to_load_from_cache(repository, WEIGHTS)
-    if isinstance(found, str):
-        return Path(found)
     url = huggingface_hub.hf_hub_url(repository, WEIGHTS)
     _ask(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=SECONDS), model, [])
     try:
@@ -113,12 +112,16 @@ def _repository(model: str) -> str:
     return str(catalogue.released(model)["hf_hub"]).rstrip("/")
 
 
+def _cached(model: str) -> Path | None:
+    """A model's weights in the hub's own cache."""
+    found = huggingface_hub.try_to_load_from_cache(_repository(model), WEIGHTS)
+    return Path(found) if isinstance(found, str) else None
+
+
 def _weights_here(model: str) -> bool:
     """Whether a model's weights are embedded, in a file that its name gives, random, or in the hub's own cache."""
     _, tag, file = catalogue.parts(model)
-    if model == catalogue.TESTBED or tag == catalogue.RANDOM or file:
-        return True
-    return isinstance(huggingface_hub.try_to_load_from_cache(_repository(model), WEIGHTS), str)
+    return model == catalogue.TESTBED or tag == catalogue.RANDOM or bool(file or _cached(model))
 
 
 def _in_caches(task: str) -> bool:
@@ -162,11 +165,12 @@ def _unreachable(error: Exception, model: str | None, tasks: Sequence[str]) -> E
         return error
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     wanted = [f"task {task!r}, the dataset {HUB[task].id}" for task in tasks]
-    remedies = ["let SAMLIB_DATA name a folder with <task>/train-*.parquet and <task>/test-*.parquet (image, label)"]
+    remedies = []
     if tasks and not constants.HF_HUB_OFFLINE:
-        remedies.insert(0, "if the hub's own cache has the datasets, set HF_HUB_OFFLINE=1")
-    if not tasks:
-        remedies = []
+        remedies.append("if the hub's own cache has the datasets, set HF_HUB_OFFLINE=1")
+    if tasks:
+        layout = "<task>/train-*.parquet and <task>/test-*.parquet (image, label)"
+        remedies.append(f"let SAMLIB_DATA name a folder with {layout}")
     if model and not _weights_here(model):
         name, tag, _ = catalogue.parts(model)
         wanted.insert(0, f"the weights {tag!r} of {name}, {WEIGHTS} in {_repository(model)}")

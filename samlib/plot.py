@@ -42,20 +42,22 @@ def stamp(figure: Figure, run: Run, published: str | None = None, beside: bool =
             the figure is taken to show the run.
         beside: the figure shows both, the run and what is published.
     """
-    facts, theirs = run.stamp(), run.published_stamp(published) if published else None
-    seeds = ", ".join(map(str, facts["seeds"]))
-    own = f"{facts['notebook']}, preset {facts['preset']}, seeds {seeds}, commit {facts['commit']}"
-    text = f"published values {published}, commit {theirs['commit']}" if theirs else own
-    if theirs and beside:
-        text = f"this run: {own}; {text}"
-    figure.supxlabel(text, fontsize=6, color="0.45", x=0.99, ha="right")
+    theirs, texts = run.published_stamp(published) if published else None, []
+    if beside or not theirs:
+        facts = run.stamp()
+        seeds = ", ".join(map(str, facts["seeds"]))
+        own = f"{facts['notebook']}, preset {facts['preset']}, seeds {seeds}, commit {facts['commit']}"
+        texts.append(f"this run: {own}" if theirs else own)
+    if theirs:
+        texts.append(f"published values {published}, commit {theirs['commit']}")
+    figure.supxlabel("; ".join(texts), fontsize=6, color="0.45", x=0.99, ha="right")
 
 
 def slide(draw: Callable[[Any], Figure], slider: Any) -> Any:
     """A slider above the figure of its value, for a notebook in which somebody can move it.
 
     The figure is shown as a picture. `ipywidgets.interact` would catch output in a widget of its own, on which
-    papermill sometimes waits for ever (its issue 723).
+    papermill sometimes waits for ever (github.com/nteract/papermill/issues/723).
 
     Args:
         draw: value of the slider -> figure, which is closed when it has been pictured.

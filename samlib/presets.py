@@ -198,7 +198,8 @@ def _device(value: Any) -> bool:
 def _tasks(value: Any) -> bool:
     value = listed(value)
     if isinstance(value, (list, tuple)):
-        return len(value) == len(set(map(str, value))) > 0 and all(name in catalogue.known() for name in value)
+        known = catalogue.known()
+        return len(value) == len(set(map(str, value))) > 0 and all(name in known for name in value)
     return value == "all"
 
 
@@ -218,10 +219,7 @@ _NAMES = (*catalogue.TASKS, *HUB, "the folders in SAMLIB_DATA")
 PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preset": (f"one of {', '.join(PRESETS)}", lambda value: isinstance(value, str) and value in PRESETS),
     "seed": ("an integer >= 0", _whole(0)),
-    "device": (
-        "'auto', 'cpu', 'cuda' or 'cuda:N'",
-        _device,
-    ),
+    "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", _device),
     "tasks": (f"'all' (the preset's) or a list of different names out of {', '.join(_NAMES)}", _tasks),
     "model": ("None, 'testbed' or such as 'ViT-B-32/openai'", _model),
     "optimizer": ("adamw, sam or asam", lambda value: value in ("adamw", "sam", "asam")),

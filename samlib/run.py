@@ -117,13 +117,15 @@ class Run:
         Raises:
             ValueError: the file is damaged.
         """
-        path = self.published / f"{name}.json"
-        return store.read_json(path)["values"] if path.exists() else None
+        return self._published(name).get("values")
 
     def published_stamp(self, name: str) -> dict[str, Any] | None:
         """Where the published values of a name come from, as `stamp` told it then, or None."""
+        return self._published(name).get("stamp")
+
+    def _published(self, name: str) -> dict[str, Any]:
         path = self.published / f"{name}.json"
-        return store.read_json(path)["stamp"] if path.exists() else None
+        return store.read_json(path) if path.exists() else {}
 
     def stamp(self) -> dict[str, Any]:
         """Where the numbers come from: code, parameters, versions, device, time."""
@@ -180,7 +182,7 @@ def start(notebook: str, parameters: dict[str, Any]) -> Run:
     from samlib import estimate
 
     preset, seed = chosen(parameters), parameters.get("seed", 0)
-    device = _device(parameters.get("device", "auto"))
+    device = find_device(parameters.get("device", "auto"))
     if preset.precision == "auto":
         half = "fp16" if device.startswith("cuda") else "fp32"  # fp16 on the CPU is slower than fp32
         preset = dataclasses.replace(preset, precision="bf16" if _fast_bf16(device) else half)
@@ -249,7 +251,12 @@ def _fast_bf16(device: str) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _device(wanted: str) -> str:
+def find_device(wanted: str) -> str:
+    """The device that is wanted, or what "auto" stands for here.
+
+    Raises:
+        ValueError: no such device.
+    """
     import torch
 
     if wanted == "auto":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from samlib import cache as store
 from samlib import catalogue, hub  # whatever loads torch is imported where it is needed: mistakes are told at once
 from samlib.recipe import Recipe
+from samlib.run import find_device
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,7 @@ def _load(model: str, device: str) -> tuple[Clip, torch.device, int]:
 
     from samlib import clip, estimate, finetune  # noqa: F401
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     if "RANK" in os.environ:  # torchrun sets it
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -19,6 +19,11 @@ from torch import Tensor, nn
 
 DATA = Path(os.environ.get("SAMLIB_DATA", "nowhere"))  # before the fixtures change it
 HUB_TASKS = ("gtsrb", "mnist", "dtd")
+SMALL_VIT = {  # configuration of an open_clip model, for 48 pixels
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("samlib", max_examples=40, deadline=None, derandomize=True)

@@ -11,16 +11,12 @@ from pathlib import Path
 import nbformat
 import open_clip
 import pytest
+from conftest import SMALL_VIT
 
 from samlib.grid import declared
 
 pytestmark = pytest.mark.slow
 CHAPTERS = sorted((Path(__file__).parents[1] / "notebooks").glob("0*.ipynb"))
-TINY = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +28,7 @@ def another_open_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (*original.iterdir(), *(original / "model_configs").iterdir()):
         if path.name != "model_configs":
             (package / path.relative_to(original)).symlink_to(path)
-    (package / "model_configs" / "tiny-ViT.json").write_text(json.dumps(TINY))
+    (package / "model_configs" / "tiny-ViT.json").write_text(json.dumps(SMALL_VIT))
     return package.parent
 
 

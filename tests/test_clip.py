@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+from conftest import SMALL_VIT
 from PIL import Image
 
 from samlib import catalogue, clip, hub, tasks
@@ -102,18 +103,11 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         clip.load()
 
 
-CONFIG = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, open_clip.CLIP]:
     """A model as open_clip releases one: a configuration that it knows by name, and a safetensors file."""
     folder = tmp_path_factory.mktemp("released")
-    (folder / "tiny-ViT.json").write_text(json.dumps(CONFIG))
+    (folder / "tiny-ViT.json").write_text(json.dumps(SMALL_VIT))
     open_clip.add_model_config(folder / "tiny-ViT.json")
     torch.manual_seed(5)
     model = open_clip.create_model("tiny-ViT").eval()
@@ -198,8 +192,7 @@ def test_without_a_network_the_error_names_weights_and_remedies(monkeypatch: pyt
         raise OSError("no route")
 
     monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(hub.huggingface_hub, "get_session", refuse)  # before anything is loaded
-    monkeypatch.setattr(hub.huggingface_hub, "get_hf_file_metadata", refuse)  # by whoever asks for the file itself
+    monkeypatch.setattr(hub.huggingface_hub, "get_hf_file_metadata", refuse)
     begun = time.monotonic()
     with pytest.raises(
         ConnectionError, match="'openai' of ViT-B-32, .*no route.*python -m samlib.fetch --model ViT-B-32/openai"
