@@ -10,16 +10,17 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from samlib import clip as clip_module
-from samlib import tasks
+from samlib.data.tasks import load_task
+from samlib.model.clip import load_clip
+from samlib.model.head import zero_shot_head
 
 
 def main() -> None:
     """Print one line a radius."""
-    clip = clip_module.load()
-    task = tasks.load("flags")
+    clip = load_clip()
+    task = load_task("flags")
     encoder = clip.encoder.requires_grad_(True)
-    head = clip_module.zero_shot_head(clip, task)
+    head = zero_shot_head(clip, task)
     cross_entropy(encoder(task.train.images[:32]) @ head.T, task.train.labels[:32]).backward()
     w = torch.cat([p.detach().flatten() for p in encoder.parameters()])
     g = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])

@@ -12,9 +12,9 @@ import dataclasses
 
 import joblib
 
-from samlib import clip as clip_module
-from samlib.experiment import measure
-from samlib.run import begin
+from samlib.model.clip import load_clip
+from samlib.notebook.run import begin
+from samlib.study.central import measure
 
 GRIDS = {"SAM": (0.005, 0.01, 0.02, 0.05, 0.1), "ASAM": (0.05, 0.1, 0.2, 0.5, 1.0)}
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--length", type=float, default=0.5, help="multiple of the published preset's steps")
     a = parser.parse_args()
     run = begin("rho", preset="published")
-    clip = clip_module.load(run.device)
+    clip = load_clip(run.device)
     points = [(arm, rho) for arm, radii in GRIDS.items() for rho in radii]
     presets = [
         dataclasses.replace(run.preset, rho_sam=rho) if arm == "SAM" else dataclasses.replace(run.preset, rho_asam=rho)

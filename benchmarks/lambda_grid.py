@@ -1,7 +1,7 @@
 """The choice of lambda for every data-free method: `python -m benchmarks.lambda_grid`.
 
 On the testbed, with the grids of the preset `published` and its validation splits, three ways to the same accuracies
-are timed side by side: *naive* merges anew for every lambda and evaluates each model with `clip.accuracy`; *line*
+are timed side by side: *naive* merges anew for every lambda and evaluates each model with `evaluate.accuracy`; *line*
 merges once and walks along the line with `merge.accuracy_curve`; *batched* merges once and puts all models of the grid
 through the network together, with torch.func.vmap over stacked weights. Printed are seconds and ratios to naive, of the
 median round. Nothing is stopped early: that is sound only once a model would lose even if it got all remaining images
@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from samlib import clip as clip_module
-from samlib import merge, tasks
-from samlib.clip import Theta, accuracy, zero_shot_head
-from samlib.compare import MERGES
-from samlib.experiment import recipes
-from samlib.finetune import finetune_many
-from samlib.run import begin
+from samlib import merge
+from samlib.data.tasks import load_task
+from samlib.model.clip import load_clip
+from samlib.model.evaluate import accuracy
+from samlib.model.head import zero_shot_head
+from samlib.model.theta import Theta, weights_of
+from samlib.notebook.run import begin
+from samlib.study.all_methods import MERGES
+from samlib.study.arms import recipes
+from samlib.train.finetune import finetune_many
 
 
 def main() -> None:
@@ -35,10 +38,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     run = begin("lambda_grid", preset="published", steps=4)  # the time does not depend on how good a model is
-    clip = clip_module.load(run.device)
-    encoder, theta_0 = clip.encoder, clip_module.theta(clip.encoder)
+    clip = load_clip(run.device)
+    encoder, theta_0 = clip.encoder, weights_of(clip.encoder)
     thetas = [done.theta for done in finetune_many(recipes(run, "AdamW", 0), clip, run.device, run.cache)]
-    loaded = [tasks.load(name) for name in run.preset.tasks]
+    loaded = [load_task(name) for name in run.preset.tasks]
     splits, heads = [task.validation for task in loaded], [zero_shot_head(clip, task) for task in loaded]
 
     def naive(function: Callable[..., Theta], grid: Sequence[float], settings: dict[str, object]) -> Tensor:

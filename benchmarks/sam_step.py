@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samlib import clip
-from samlib.sam import SAM
+from samlib.model import clip
+from samlib.train.sam import SAM
 
 EVERY = 4  # of the variant that climbs in every k-th step only
 RHO, ETA = 0.05, 0.01

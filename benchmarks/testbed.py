@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from samlib import catalogue, tasks
-from samlib import clip as clip_module
-from samlib.experiment import measure_many, recipes, zero_shot
-from samlib.finetune import finetune_many
-from samlib.run import begin
+from samlib.data.tasks import load_task
+from samlib.model import registry
+from samlib.model.clip import load_clip
+from samlib.notebook.run import begin
+from samlib.study import central
+from samlib.study.arms import recipes
+from samlib.study.campaign import measure_many
+from samlib.study.central import zero_shot
+from samlib.train.finetune import finetune_many
 
-CARD = catalogue.WEIGHTS.with_name("README.md")
+CARD = registry.WEIGHTS.with_name("README.md")
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
@@ -23,10 +27,12 @@ def report(preset: str, lengths: list[float] | None) -> str:
     """Measure and write the card's tables in Markdown."""
     run = begin("testbed", preset=preset)
     p = run.preset
-    clip = clip_module.load(run.device)
+    clip = load_clip(run.device)
     zero = zero_shot(run, clip)
     lengths = sorted(lengths or p.lengths)
-    by_length = dict(zip(lengths, measure_many(run, clip, [("AdamW", 0, x) for x in lengths]), strict=True))
+    by_length = dict(
+        zip(lengths, measure_many(run, clip, [("AdamW", 0, x) for x in lengths], central.measure), strict=True)
+    )
     main_length = max((x for x in lengths if x <= 1), default=lengths[0])
     found, todo = by_length[main_length], recipes(run, "AdamW", 0, main_length)
     seconds = {d.recipe.task: d.seconds for d in finetune_many(todo, clip, run.device, run.cache)}
@@ -34,7 +40,7 @@ def report(preset: str, lengths: list[float] | None) -> str:
 
     rows = []
     for name in p.tasks:
-        classes = len(tasks.load(name).classes)
+        classes = len(load_task(name).classes)
         accuracies = [zero[name], *(found[row]["accuracy"][name] for row in ("single", "averaging", "task arithmetic"))]
         rows.append([classes, 1 / classes, *accuracies, found["train_loss"][name], seconds[name]])
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]

@@ -14,12 +14,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from samlib import clip as clip_module
-from samlib import tasks
-from samlib.clip import logits, zero_shot_head
-from samlib.interference import xi
-from samlib.merge import task_vector
-from samlib.run import begin
+from samlib.data.tasks import load_task, subset
+from samlib.measure.interference import xi
+from samlib.model.clip import load_clip
+from samlib.model.evaluate import logits
+from samlib.model.head import zero_shot_head
+from samlib.model.theta import task_vector, weights_of
+from samlib.notebook.run import begin
 
 
 def main() -> None:
@@ -29,12 +30,12 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=9, help="values of each coefficient, from -2 to 2")
     a = parser.parse_args()
     run = begin("xi_grid", preset="published")
-    clip = clip_module.load(run.device)
-    theta_0 = clip_module.theta(clip.encoder)
+    clip = load_clip(run.device)
+    theta_0 = weights_of(clip.encoder)
     torch.manual_seed(0)
     theta_1, theta_2 = ({n: w + 0.1 * w.std() * torch.randn_like(w) for n, w in theta_0.items()} for _ in range(2))
-    loaded = [tasks.load(name) for name in run.preset.tasks[:2]]
-    splits, heads = [tasks.subset(task.test, 200) for task in loaded], [zero_shot_head(clip, task) for task in loaded]
+    loaded = [load_task(name) for name in run.preset.tasks[:2]]
+    splits, heads = [subset(task.test, 200) for task in loaded], [zero_shot_head(clip, task) for task in loaded]
     grid = torch.linspace(-2, 2, a.points).tolist()
     taus = task_vector(theta_1, theta_0), task_vector(theta_2, theta_0)
 

@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("samlib")
 
 
 class TinyEncoder(nn.Module):
-    """An image encoder of 666 parameters with the interface of `samlib.clip.Encoder`."""
+    """An image encoder of 666 parameters with the interface of `clip.Encoder`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class TinyClip:
     tokenizer: Any
     fingerprint: str
     size: int = 32
-    name: str = "testbed"  # as `clip.load` knows a model
+    name: str = "testbed"  # as `clip.load_clip` knows a model
 
 
 @pytest.fixture(scope="session")

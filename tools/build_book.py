@@ -32,8 +32,9 @@ from typing import Any
 import nbformat
 import yaml
 
-from samlib.cache import read_json, without_prose, write_json
-from samlib.presets import PRESETS
+from samlib.notebook.presets import PRESETS
+from samlib.store.files import read_json, write_json
+from samlib.store.keys import without_prose
 from tools.check_offline import problems
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from samlib import __version__
-from samlib.cache import read_json
+from samlib.store.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from samlib import plot
-from samlib.experiment import ARMS, published, table
-from samlib.run import begin
+from samlib.notebook import plot
+from samlib.notebook.run import begin
+from samlib.study.arms import ARMS
+from samlib.study.central import table
+from samlib.study.evidence import published
 
 PICTURE = Path(__file__).parents[1] / "book" / "images" / "summary.png"
 
@@ -18,7 +20,7 @@ def main() -> None:
     run = begin("experiment", preset="published", device="cpu")
     results = published(run)
     if not results:
-        raise SystemExit("nothing is published yet: run python -m samlib.publish experiment first")
+        raise SystemExit("nothing is published yet: run python -m samlib.study.publish experiment first")
     zero_shot = run.published_values()["zero-shot"]
     steps, seeds = results[ARMS[0]][0]["steps"], len(results[ARMS[0]])
     plot.style()

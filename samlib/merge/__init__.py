@@ -4,12 +4,15 @@ Data-free methods are called as `method(theta_0, thetas, ...)`, those that look 
 `method(encoder, theta_0, thetas, images, heads, ...)`. `python -m samlib.merge` merges files.
 """
 
-from samlib.merge.choose import accuracy_curve, choose_lambda
+from __future__ import annotations
+
+from samlib.merge.lam import accuracy_curve, choose_lambda
 from samlib.merge.linear import average, consensus, dare, model_stock, task_arithmetic
-from samlib.merge.method import METHODS, Method, task_vector
+from samlib.merge.method import METHODS, Method
 from samlib.merge.spectral import iso_c, iso_cts, tsv_m, wudi
 from samlib.merge.ties import ties
 from samlib.merge.with_images import adamerging, fisher, regmean
+from samlib.model.theta import task_vector
 
 __all__ = [
     "METHODS",

@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from samlib.merge import METHODS
 from samlib.merge.files import merge_files
+from samlib.merge.method import METHODS
 
 
 def main(arguments: list[str] | None = None) -> None:

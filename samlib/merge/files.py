@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from samlib.cache import read_json, unreadable, write_json
-from samlib.merge.method import METHODS, check_fit, check_settings, check_values, merged_tensor, taus
+from samlib.merge.method import METHODS, merged_tensor, taus
+from samlib.model.theta import check_fit, check_values
+from samlib.rules import check_settings
+from samlib.store.files import read_json, unreadable, write_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}

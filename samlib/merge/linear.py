@@ -10,8 +10,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from samlib.merge.method import METHODS, Combine, Weights, choice, data_free, number, whole, wide
+from samlib.merge.method import METHODS, Combine, data_free
 from samlib.merge.method import taus as task_vectors
+from samlib.model.theta import Weights, wide
+from samlib.rules import choice, number, whole
 
 LAM = number(-math.inf)
 TINY = 1e-30  # a squared length below which a task did not move a tensor

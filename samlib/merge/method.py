@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from samlib.checkpoint import Theta
+from samlib.model.theta import Theta, Weights, check_fit, check_values, wide
+from samlib.rules import Rule, check_settings
 
 P = ParamSpec("P")
-Weights = Mapping[str, Tensor]  # by name; may read a tensor from a file when it is asked for
-Rule = tuple[str, Callable[[Any], bool]]  # what a value may be, and whether one is that
 Combine = Callable[[str, Tensor], Tensor]  # name, task vectors (T, *shape) -> merged task vector (*shape)
 
 
@@ -42,32 +40,6 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
-
-
-def number(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Rule:
-    """The rule for a finite number in an interval."""
-    text = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-    if (low, high) == (-math.inf, math.inf):
-        text = "a finite number"
-    elif high == math.inf:
-        text = f"a finite number {'>' if open_low else '>='} {low:g}"
-
-    def holds(value: Any) -> bool:
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return right and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-
-    return text, holds
-
-
-def whole(low: int) -> Rule:
-    """The rule for an integer of at least `low`."""
-    return f"an integer >= {low}", lambda value: type(value) is int and value >= low
-
-
-def choice(*values: Any) -> Rule:
-    """The rule for one of several values."""
-    text = " or ".join([", ".join(map(str, values[:-1])), str(values[-1])])
-    return text, lambda value: any(value is v if isinstance(v, bool) else value == v for v in values)
 
 
 def data_free(source: str, **rules: Rule) -> Callable[[Callable[P, Combine]], Callable[P, Theta]]:
@@ -162,82 +134,3 @@ def taus(theta_0: Weights, thetas: Sequence[Weights], name: str) -> Tensor:
     """The task vectors of one tensor, (T, *shape)."""
     w = wide(theta_0[name])
     return torch.stack([wide(theta[name]) for theta in thetas]).sub_(w)
-
-
-def wide(w: Tensor) -> Tensor:
-    """The tensor in at least fp32."""
-    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
-
-
-def task_vector(theta_t: Weights, theta_0: Weights) -> Theta:
-    """tau_t = theta_t - theta_0.
-
-    Args:
-        theta_t: weights fine-tuned on task t.
-        theta_0: pre-trained weights, same names, shapes and dtypes.
-
-    Returns:
-        tau_t, in the order of theta_0's names.
-
-    Raises:
-        ValueError: names, shapes or dtypes differ, or a value is not finite.
-
-    Source: Ilharco et al. 2023, section 2.
-    Taught in: 01_why_merging_interferes.
-    """
-    check_fit([theta_0, theta_t])
-    check_values([theta_0, theta_t])
-    return {name: theta_t[name] - w for name, w in theta_0.items()}
-
-
-def check_settings(method: str, rules: dict[str, Rule], given: Mapping[str, Any]) -> None:
-    """Refuse a setting out of its range.
-
-    Raises:
-        ValueError: a value breaks its rule.
-    """
-    for name, (allowed, holds) in rules.items():
-        if not holds(given[name]):
-            raise ValueError(f"{method}: {name} must be {allowed}, not {given[name]!r}")
-
-
-def check_fit(weights: Sequence[Weights], labels: Sequence[str] | None = None) -> None:
-    """Refuse an empty list and weights that differ in names, shapes or dtypes.
-
-    Args:
-        weights: theta_0 first; anything with names, and tensors that have shape and dtype.
-        labels: what to call them in the error, such as their files.
-
-    Raises:
-        ValueError: what differs, and where.
-    """
-    if len(weights) < 2:
-        raise ValueError("the list of weights to merge is empty: give at least one fine-tuned model beside theta_0")
-    labels = labels or ["theta_0", *(f"thetas[{i}]" for i in range(len(weights) - 1))]
-    first = weights[0]
-    if not first:
-        raise ValueError(f"{labels[0]} holds no tensor")
-    for label, theta in zip(labels, weights, strict=True):
-        for name in sorted(theta.keys() ^ first.keys()):
-            has, lacks = (label, labels[0]) if name in theta else (labels[0], label)
-            raise ValueError(f"tensor {name!r} is in {has} but not in {lacks}: all models need the same tensors")
-        for name, w in theta.items():
-            want = first[name]
-            if w.shape != want.shape or w.dtype != want.dtype:
-                have, need = f"{tuple(w.shape)} {w.dtype}", f"{tuple(want.shape)} {want.dtype}"
-                raise ValueError(f"tensor {name!r} is {have} in {label} but {need} in {labels[0]}")
-            if not w.dtype.is_floating_point:
-                raise ValueError(f"tensor {name!r} of {label} is {w.dtype}: only floating point can be merged")
-
-
-def check_values(weights: Sequence[Weights], labels: Sequence[str] | None = None) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        ValueError: the tensor and where it is.
-    """
-    labels = labels or ["theta_0", *(f"thetas[{i}]" for i in range(len(weights) - 1))]
-    for label, theta in zip(labels, weights, strict=True):
-        for name, w in theta.items():
-            if not torch.isfinite(w).all():
-                raise ValueError(f"tensor {name!r} of {label} holds NaN or infinity")

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from samlib.merge.linear import LAM
-from samlib.merge.method import Combine, Weights, data_free, number, whole
+from samlib.merge.method import Combine, data_free
+from samlib.model.theta import Weights
+from samlib.rules import number, whole
 
 
 def _matrices(combine: Callable[[Tensor], Tensor], lam: float) -> Combine:

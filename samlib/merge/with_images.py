@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm.auto import tqdm
 
-from samlib import batches
-from samlib.merge.method import Theta, Weights, choice, number, whole, with_images
-from samlib.sam import SAM
+from samlib.data import batches
+from samlib.merge.method import with_images
+from samlib.model.theta import Theta, Weights
+from samlib.rules import choice, number, whole
+from samlib.train.sam import SAM
 
 
 @with_images("Matena and Raffel 2022", seed=whole(0), floor=number(0, open_low=True), chunk=whole(1))
