@@ -3,22 +3,63 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.stats
-from scipy.special import stdtrit
 
 
-def interval(samples: Sequence[float]) -> tuple[float, float, float]:
+class Estimate(NamedTuple):
+    """A number with its 95 % interval, which writes itself: f"{e:+.1f points}" is "+0.3 points (−0.2 to +0.8)".
+
+    The format is that of a float, and after its letter a unit; a single sample writes "(one seed)", and nothing ever
+    writes a negative zero.
+
+    Args:
+        mean: the estimate.
+        low, high: ends of the interval, NaN where nobody knows them.
+        n: number of samples, such as seeds.
+
+    Taught in: 05_merging.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def side(self, centre: float = 0.0) -> int:
+        """+1 if the whole interval lies above the centre, -1 if below, 0 if it holds the centre or is unknown."""
+        return int(self.low > centre) - int(self.high < centre)
+
+    def map(self, function: Callable[[float], float]) -> Estimate:
+        """The estimate of an increasing function of what was estimated, such as a ratio from its logarithm."""
+        return Estimate(*(float(function(x)) for x in self[:3]), self.n)
+
+    def __format__(self, spec: str) -> str:
+        number, unit = re.fullmatch(r"([^a-z]*[a-z]?)(.*)", spec or ".3g").groups()  # type: ignore[union-attr]
+        mean, low, high = (signed(x, number) for x in self[:3])
+        known = not math.isnan(self.low)
+        return f"{mean}{unit and ' ' + unit.strip()} ({f'{low} to {high}' if known else 'one seed'})"
+
+
+def signed(value: float, spec: str) -> str:
+    """A number as text with a real minus sign, and without one where it rounds to zero."""
+    text = format(value, spec)
+    if not math.isnan(value) and float(text) == 0:
+        text = format(0.0, spec)
+    return text.replace("-", "−")
+
+
+def estimate(samples: Sequence[float], scale: float = 1.0) -> Estimate:
     """Mean and Student-t 95 % confidence interval.
 
     Args:
         samples: n >= 1 finite numbers, one a seed.
-
-    Returns:
-        mean, low, high; low and high are NaN for a single sample.
+        scale: factor, such as 100 for per cent.
 
     Raises:
         ValueError: no sample, or a number that is not finite.
@@ -26,34 +67,33 @@ def interval(samples: Sequence[float]) -> tuple[float, float, float]:
     Source: Student 1908.
     Taught in: 05_merging.
     """
-    numbers = np.asarray(samples, dtype=np.float64)
-    if not len(numbers) or not np.isfinite(numbers).all():
+    numbers = scale * np.asarray(samples, dtype=np.float64)
+    n = len(numbers)
+    if not n or not np.isfinite(numbers).all():
         raise ValueError(f"an interval needs at least one number, all of them finite, not {list(samples)}")
     mean = float(numbers.mean())
-    if len(numbers) == 1:
-        return mean, math.nan, math.nan
-    half = stdtrit(len(numbers) - 1, 0.975) * numbers.std(ddof=1) / math.sqrt(len(numbers))
-    return mean, mean - float(half), mean + float(half)
+    if n == 1:
+        return Estimate(mean, math.nan, math.nan, n)
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(numbers))
+    return Estimate(mean, mean - half, mean + half, n)
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+def paired(a: Sequence[float], b: Sequence[float], scale: float = 1.0) -> Estimate:
     """Mean and 95 % interval of a - b, seed by seed.
 
     Args:
         a, b: n >= 1 numbers each, the same seeds in the same order.
-
-    Returns:
-        As `interval`.
+        scale: factor, such as 100 for points.
 
     Raises:
-        ValueError: different lengths, or as in `interval`.
+        ValueError: different lengths, or as in `estimate`.
 
     Source: Student 1908.
     Taught in: 05_merging.
     """
     if len(a) != len(b):
         raise ValueError(f"paired samples must have the same length, not {len(a)} and {len(b)}")
-    return interval([x - y for x, y in zip(a, b, strict=True)])
+    return estimate([x - y for x, y in zip(a, b, strict=True)], scale)
 
 
 Counts = np.ndarray  # float64, one number a row
@@ -66,7 +106,7 @@ def bootstrap(
     clusters: Sequence[str] = ("seed", "task"),
     draws: int = 400,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> list[Estimate]:
     """A statistic with a 95 % interval, where rows share seeds and tasks.
 
     The values of one cluster column are drawn anew with replacement, all rows of a value together; the variance of the
@@ -83,8 +123,8 @@ def bootstrap(
         seed: of the draws.
 
     Returns:
-        Estimate, low and high, (S,) or scalars as arrays; low and high are NaN if a column has a single value, of which
-        nobody knows how much others would differ.
+        An estimate for each of the S numbers, one for a statistic that is a number; low and high are NaN if a column has
+        a single value, of which nobody knows how much others would differ. Its n is that of the first column's values.
 
     Raises:
         ValueError: an empty frame, or too few draws.
@@ -94,23 +134,24 @@ def bootstrap(
     """
     if frame.empty or draws < 100:
         raise ValueError(f"bootstrap needs at least one row and 100 draws, not {len(frame)} and {draws}")
-    estimate = np.asarray(statistic(frame, np.ones(len(frame))), dtype=np.float64)
+    found = np.atleast_1d(np.asarray(statistic(frame, np.ones(len(frame))), dtype=np.float64))
+    size = frame[clusters[0]].nunique()
     variances, freedoms = [], []
     rng = np.random.default_rng(seed)
     for name in clusters:
         code = pd.factorize(frame[name])[0]
         n = int(code.max()) + 1
         if n < 2:
-            return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
+            return [Estimate(float(x), math.nan, math.nan, size) for x in found]
         counts = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)  # (draws, n)
-        found = np.stack([np.asarray(statistic(frame, weights), dtype=np.float64) for weights in counts[:, code]])
-        variances.append(np.nanvar(found, axis=0) * n / (n - 1))
+        draws_of = np.stack([np.atleast_1d(statistic(frame, weights)) for weights in counts[:, code]])
+        variances.append(np.nanvar(draws_of.astype(np.float64), axis=0) * n / (n - 1))
         freedoms.append(n - 1)
     total = np.sum(variances, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         freedom = total**2 / np.sum([v**2 / df for v, df in zip(variances, freedoms, strict=True)], axis=0)
     half = scipy.stats.t.ppf(0.975, np.nan_to_num(freedom, nan=min(freedoms))) * np.sqrt(total)
-    return estimate, estimate - half, estimate + half
+    return [Estimate(float(x), float(x - h), float(x + h), size) for x, h in zip(found, half, strict=True)]
 
 
 def mean(column: str) -> Statistic:

@@ -8,18 +8,22 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from samlib.measure.intervals import interval, paired_interval
+from samlib.measure.intervals import Estimate, estimate, signed
 from samlib.notebook.run import Run
 
 
-def glue(name: str, value: float | str) -> None:
+def glue(name: str, value: Estimate | float | str, spec: str = "") -> None:
     """Hand a value to the prose of the book, as {glue:text}`name`; outside the book's environment do nothing.
 
     Args:
         name: unique in the book.
-        value: a number or a word.
+        value: a number or a word; or an estimate, which is written with its interval.
+        spec: how to write it, such as ".1f", or "+.1f points" for an estimate; without it a number stays one.
     """
-    value = value if isinstance(value, (str, int)) else float(value)  # numpy's own floats cannot be formatted there
+    if isinstance(value, Estimate):
+        value = format(value, spec)
+    elif not isinstance(value, (str, int)):
+        value = signed(float(value), spec) if spec else float(value)  # numpy's own floats cannot be formatted there
     if importlib.util.find_spec("myst_nb") is not None:
         from myst_nb import glue as hand_over
 
@@ -31,52 +35,28 @@ def count(n: int, word: str) -> str:
     return f"{n} {word}{'s' if n != 1 else ''}"
 
 
-def glue_interval(name: str, samples: Sequence[float], scale: float = 1.0) -> None:
-    """Glue `name` (mean), `name`_low and `name`_high (95 % interval) and `name`_n (number of seeds).
+def verdict(difference: Estimate, centre: float = 0.0) -> str:
+    """In words, whether one thing is above another, judged by the 95 % interval of their difference or ratio.
 
     Args:
-        name: unique in the book.
-        samples: one number a seed; a single one has no interval, and its bounds read "unknown".
-        scale: factor, such as 100 for per cent.
-    """
-    mean, low, high = interval([scale * s for s in samples])
-    glue(name, mean)
-    for bound, value in (("low", low), ("high", high)):
-        glue(f"{name}_{bound}", "unknown" if math.isnan(value) else f"{value:.1f}")
-    glue(f"{name}_n", str(len(samples)))
-
-
-def verdict(a: Sequence[float], b: Sequence[float]) -> str:
-    """Whether a is above b, judged by the 95 % interval of the paired differences.
-
-    Args:
-        a, b: one number a seed, the same seeds in the same order.
+        difference: of the two, such as `intervals.paired` estimates it.
+        centre: value of no effect, 0 for a difference and 1 for a ratio.
 
     Returns:
         "higher than", "lower than", "not distinguishable from", or "not comparable (one seed) with".
 
     Taught in: 05_merging.
     """
-    return side(*paired_interval(a, b)[1:])
-
-
-def side(low: float, high: float, centre: float = 0.0) -> str:
-    """The words of `verdict` for an interval.
-
-    Args:
-        low, high: of the interval; NaN where there is none.
-        centre: value of no effect, such as 0 for a difference and 1 for a ratio.
-    """
-    if math.isnan(low):
+    if math.isnan(difference.low):
         return "not comparable (one seed) with"
-    return "higher than" if low > centre else "lower than" if high < centre else "not distinguishable from"
+    return {1: "higher than", -1: "lower than", 0: "not distinguishable from"}[difference.side(centre)]
 
 
-def claim(low: float, high: float, predicted: int, centre: float = 0.0) -> str:
+def claim(effect: Estimate, predicted: int, centre: float = 0.0) -> str:
     """What an interval says about a claim.
 
     Args:
-        low, high: of the interval; NaN where there is none.
+        effect: estimated.
         predicted: side of the centre that the claim predicts, +1 for above, -1 for below.
         centre: value of no effect, such as 0 for a difference and 1 for a ratio.
 
@@ -91,10 +71,7 @@ def claim(low: float, high: float, predicted: int, centre: float = 0.0) -> str:
     """
     if predicted not in (-1, 1):
         raise ValueError(f"predicted must be -1 or +1, not {predicted!r}")
-    below, above = high < centre, low > centre
-    if not (below or above):
-        return "undecided"
-    return "supported" if above == (predicted == 1) else "not supported"
+    return {predicted: "supported", -predicted: "not supported", 0: "undecided"}[effect.side(centre)]
 
 
 def compare(yours: dict[str, float], published: dict[str, Sequence[float]]) -> pd.DataFrame:
@@ -110,7 +87,7 @@ def compare(yours: dict[str, float], published: dict[str, Sequence[float]]) -> p
     rows = []
     for name, value in yours.items():
         samples = published.get(name, [])
-        rows.append((value, *(interval(samples) if len(samples) else (math.nan,) * 3), len(samples)))
+        rows.append((value, *(estimate(samples) if len(samples) else (math.nan, math.nan, math.nan, 0))))
     columns = ["yours", "published", "low", "high", "seeds"]
     return pd.DataFrame(rows, index=pd.Index(yours, name="value"), columns=columns)
 

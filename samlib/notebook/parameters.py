@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -90,6 +90,20 @@ PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "precision": ("auto, fp32, bf16 or None", lambda value: value in (None, "auto", "fp32", "bf16")),
     "density": ("a number in (0, 1] or None", _optional(_number(sys.float_info.min, 1))),
 }
+
+
+def declared(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """A notebook's parameters with their values.
+
+    Args:
+        namespace: globals() of a notebook, of which those that are annotated count, and of a script that annotates none
+            those that have a parameter's name; or a plain dictionary, of which all do.
+    """
+    annotated = namespace.get("__annotations__")
+    if annotated is None and "__annotate__" in namespace:  # from Python 3.14 on
+        annotated = namespace["__annotate__"](1)
+    names = (annotated or [name for name in PARAMETERS if name in namespace]) if "__name__" in namespace else namespace
+    return {name: namespace[name] for name in names}
 
 
 def check(notebook: str, parameters: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def stamp(figure: Figure, run: Run, published: str | None = None, beside: bool =
     Args:
         figure: to print on.
         run: of the page.
-        published: name of the published values that are drawn, such as "experiment.published"; where there are none,
+        published: name of the published values that are drawn, such as "central.published"; where there are none,
             the figure is taken to show the run.
         beside: the figure shows both, the run and what is published.
     """

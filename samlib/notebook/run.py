@@ -5,27 +5,25 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samlib.model import (
-    registry,
-    weights,  # whatever loads torch is imported where it is needed: mistakes are told at once
-)
-from samlib.notebook.parameters import check, chosen, needs
+from samlib.model import registry, weights  # what loads torch is imported where it is needed: mistakes are told at once
+from samlib.notebook.parameters import check, chosen, declared, needs
 from samlib.notebook.presets import Preset
 from samlib.store import keys
 from samlib.store.files import cache_folder, read_json, write_json
 from samlib.train.device import _fast_bf16, find_device
 
+if TYPE_CHECKING:
+    from samlib.model.clip import Clip
+
 CHECKOUT = Path(__file__).parents[2] / "book" / "published"
-PUBLISHED = (
-    CHECKOUT if CHECKOUT.is_dir() else Path(__file__).parents[1] / "published"
-)  # an installed package has a copy
+PUBLISHED = CHECKOUT if CHECKOUT.is_dir() else Path(__file__).parents[1] / "published"  # a copy, where it is installed
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Run:
         device: "cpu" or "cuda" or "cuda:N".
         cache: folder of everything stored between runs.
         published: folder of the published values.
+        models: pre-trained models that are loaded, by name; `clip` fills it.
     """
 
     notebook: str
@@ -49,7 +48,17 @@ class Run:
     device: str
     cache: Path
     published: Path = PUBLISHED
+    models: dict[str, Clip] = field(default_factory=dict, repr=False, compare=False)
     started: float = field(default_factory=time.monotonic, repr=False)
+
+    @property
+    def clip(self) -> Clip:
+        """The pre-trained model of the preset on the run's device, loaded when it is first asked for."""
+        from samlib.model.clip import load_clip
+
+        if self.preset.model not in self.models:
+            self.models[self.preset.model] = load_clip(self.device, self.preset.model)
+        return self.models[self.preset.model]
 
     def cached(self, name: str, params: dict[str, Any], fn: Callable[[], Any]) -> Any:
         """Compute a JSON-able value once.
@@ -96,7 +105,7 @@ class Run:
         """
         write_json(self.published_file, {"values": values, "stamp": self.stamp()})
 
-    def published_values(self, name: str = "experiment.published") -> Any:
+    def published_values(self, name: str = "central.published") -> Any:
         """What `publish` wrote under a name, or None: the book's values, whatever preset this run has.
 
         Args:
@@ -132,13 +141,13 @@ class Run:
         }
 
 
-def begin(notebook: str, **parameters: Any) -> Run:
+def begin(notebook: str, namespace: Mapping[str, Any]) -> Run:
     """Check a notebook's parameters, seed the generators and choose the device.
 
     Args:
         notebook: its name without the ending.
-        parameters: every name of the notebook's parameters cell with its value. A name that papermill
-            injected and that is not among them is refused.
+        namespace: globals() of a notebook, whose parameters are the names that it annotates; or a plain dictionary of
+            parameters. A name that papermill injected and that is not among them is refused.
 
     Returns:
         The run, with the preset's fields overridden by parameters of the same name that are not None.
@@ -150,6 +159,7 @@ def begin(notebook: str, **parameters: Any) -> Run:
 
     Taught in: every notebook, first code cell.
     """
+    parameters = declared(namespace)
     check(notebook, parameters)
     weights.need(*needs(parameters))
     return start(notebook, parameters)

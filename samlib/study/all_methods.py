@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from samlib import merge
-from samlib.model.clip import Clip
+from samlib.model.theta import Theta
 from samlib.notebook.run import Run
-from samlib.study.arms import ARMS, JOINT, recipes
-from samlib.study.campaign import Part, once
-from samlib.study.scoring import at_best_lambda, bench, row, score
-from samlib.train.finetune import Finetuned
+from samlib.study.arms import ARMS, JOINT, Arm, recipes
+from samlib.study.campaign import Result, Wanted, once
+from samlib.study.scoring import Bench, at_best_lambda, row, score
+from samlib.train.result import Finetuned
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ MERGES: dict[str, Merge] = {
 }
 
 
-def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
+def measure(run: Run, arm: Arm, seed: int, length: float = 1.0) -> Result:
     """Merge the models of one arm and one seed by every method; trained and measured once, then read.
 
     Where a method has a lambda, it is the one with the best mean normalised accuracy on the validation splits. Methods
@@ -59,8 +59,7 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
 
     Args:
         run: preset, device and cache.
-        clip: the pre-trained model.
-        arm: one of `arms.ARMS`, or `arms.JOINT`, of which there is nothing to merge.
+        arm: such as one of `arms.ARMS`, or `arms.JOINT`, of which there is nothing to merge.
         seed: of the fine-tuning, and of the methods that draw at random.
         length: multiple of the preset's steps.
 
@@ -72,14 +71,11 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
     """
     grids = [run.preset.lambdas, run.preset.lambdas_wide]
     merges = {name: asdict(m) for name, m in MERGES.items()}
-    todo = recipes(run, arm, seed, length)
-    return once("merge-all", _merge_all, run, clip, todo, grids=grids, merges=merges)
+    return once("all-methods", _compute, run, recipes(run, arm, seed, length), grids=grids, merges=merges)
 
 
-def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
-    b = bench(run, clip)
+def _compute(b: Bench, thetas: list[Theta], done: Sequence[Finetuned]) -> Result:
     images = [split.images for split in b.validations]
-    thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
     single, own = (score(b, thetas, splits)[0] for splits in (b.tests, b.validations))
     rows = {"single": row(b, single, single)}
     for name, method in MERGES.items() if len(done) > 1 else ():
@@ -93,12 +89,12 @@ def _merge_all(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any
             merged = function(b.theta_0, thetas, **settings, **({"lam": 1.0} if method.grid else {}))
         extra: dict[str, Any] = {"seconds": time.monotonic() - begun}
         if method.grid:
-            merged, chosen = at_best_lambda(b, merged, getattr(run.preset, method.grid), own)
+            merged, chosen = at_best_lambda(b, merged, getattr(b.preset, method.grid), own)
             extra |= chosen
         rows[name] = row(b, score(b, [merged], b.tests)[0], single) | extra
     return rows
 
 
-def plan(run: Run, seed: int) -> list[Part]:
-    """Every arm, and the model of all tasks: what `samlib.publish` measures."""
-    return [(run, [(arm, seed, 1.0) for arm in (*ARMS, JOINT)])]
+def plan(run: Run, seed: int) -> Iterator[list[Wanted]]:
+    """Every arm, and the model of all tasks: what `python -m samlib.study.publish all_methods` measures."""
+    yield [(run, arm, seed, 1.0) for arm in (*ARMS.values(), JOINT)]

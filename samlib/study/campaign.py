@@ -9,57 +9,70 @@ from typing import Any
 import joblib
 from tqdm.auto import tqdm
 
-from samlib.model.clip import Clip
+from samlib.model.theta import Theta
 from samlib.notebook.run import Run
 from samlib.store import keys
-from samlib.study.arms import recipes
-from samlib.train.finetune import Finetuned, finetune_many, train_many
+from samlib.study.arms import Arm, recipes
+from samlib.study.scoring import Bench, bench
+from samlib.train.finetune import finetune_many, train_many
 from samlib.train.recipe import Recipe
+from samlib.train.result import Finetuned
 
-Part = tuple[Run, list[tuple[str, int, float]]]  # of a plan: a run, and which (arm, seed, length) to measure in it
-Measure = Callable[[Run, Clip, str, int, float], dict[str, Any]]  # run, clip, arm, seed, length -> JSON-able
+Result = dict[str, Any]  # JSON-able
+Wanted = tuple[Run, Arm, int, float]  # run, arm, seed, length: arguments of a measure
+Measure = Callable[[Run, Arm, int, float], Result]
+Compute = Callable[[Bench, list[Theta], Sequence[Finetuned]], Result]  # of the models of one arm and seed
 
 
-def once(
-    name: str,
-    compute: Callable[[Run, Clip, Sequence[Finetuned]], dict[str, Any]],
-    run: Run,
-    clip: Clip,
-    todo: Sequence[Recipe],
-    **decides: Any,
-) -> dict[str, Any]:
+def once(name: str, compute: Compute, run: Run, todo: Sequence[Recipe], **decides: Any) -> Result:
     """What `compute` finds of the models of some recipes; trained and computed once, then read.
 
     Args:
         name: readable part of the stored file's name.
-        compute: run, clip and fine-tuned models -> JSON-able.
+        compute: the bench of the run, fine-tuned weights on its device, and their results -> JSON-able.
         run: preset, device and cache.
-        clip: the pre-trained model.
         todo: what to fine-tune.
         decides: JSON-able; with the recipes, the preset's n_eval and the code of `compute` it must decide the value.
     """
-    decides |= {"recipes": [asdict(r.same()) for r in todo], "clip": clip.fingerprint}
+
+    def computed() -> Result:
+        done = finetune_many(todo, run.clip, run.device, run.cache, jobs=1)
+        thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
+        return compute(bench(run), thetas, done)
+
+    decides |= {"recipes": [asdict(r.same()) for r in todo], "clip": run.clip.fingerprint}
     decides |= {"n_eval": run.preset.n_eval, "code": keys.code_of(compute)}
-    value: dict[str, Any] = run.cached(
-        name, decides, lambda: compute(run, clip, finetune_many(todo, clip, run.device, run.cache, jobs=1))
-    )
+    value: Result = run.cached(name, decides, computed)
     return value
 
 
-def measure_many(
-    run: Run, clip: Clip, wanted: Sequence[tuple[str, int, float]], measure: Measure
-) -> list[dict[str, Any]]:
-    """`measure` for several (arm, seed, length): all fine-tuning first, then the merging, side by side on a CPU.
+def measure_many(measure: Measure, wanted: Sequence[Wanted]) -> list[Result]:
+    """`measure` for several (run, arm, seed, length): all fine-tuning first, then the merging, side by side on a CPU.
 
     Args:
-        run: preset, device and cache.
-        clip: the pre-trained model.
-        wanted: what to measure, in the order of the answer.
-        measure: this module's, or that of another module, such as `compare`.
+        measure: of a module of this package, such as `central.measure`.
+        wanted: what to measure, in the order of the answer; all runs with the same model, device and cache.
+
+    Returns:
+        The results, each with its `arm` (by name), `seed`, `steps` (of AdamW at this length) and `recipes`.
     """
-    todo = [recipe for arm, seed, length in wanted for recipe in recipes(run, arm, seed, length)]
-    train_many(todo, clip, run.device, run.cache, run.preset.jobs)
+    if not wanted:
+        return []
+    run, todo = wanted[0][0], [recipes(*one) for one in wanted]
+    train_many([recipe for one in todo for recipe in one], run.clip, run.device, run.cache, run.preset.jobs)
     jobs = min(run.preset.jobs or joblib.cpu_count(), len(wanted)) if run.device == "cpu" else 1
     pool = joblib.Parallel(n_jobs=jobs, return_as="generator")
-    calls = (joblib.delayed(measure)(run, clip, *what) for what in wanted)
-    return list(tqdm(pool(calls), total=len(wanted), desc="merging and measuring", unit="model"))
+    found = tqdm(
+        pool(joblib.delayed(measure)(*one) for one in wanted),
+        total=len(wanted),
+        desc="merging and measuring",
+        unit="model",
+    )
+    return [identity(*one) | result for one, result in zip(wanted, found, strict=True)]
+
+
+def identity(run: Run, arm: Arm, seed: int, length: float = 1.0) -> Result:
+    """What a result is of: `arm`, `seed`, `steps` and `recipes`, as published."""
+    steps = recipes(run, Arm("adamw"), seed, length)[0].steps
+    used = [asdict(recipe.same()) for recipe in recipes(run, arm, seed, length)]
+    return {"arm": str(arm), "seed": seed, "steps": steps, "recipes": used}

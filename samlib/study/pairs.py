@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any
 
 from torch import nn
 
 from samlib.data.tasks import subset
 from samlib.measure.interference import cosine, cross_task_linearity, sign_conflict
 from samlib.measure.landscape import losses_on_line
-from samlib.model.clip import Clip
-from samlib.model.theta import dot, task_vector
+from samlib.model.theta import Theta, dot, task_vector
 from samlib.notebook.run import Run
-from samlib.study.arms import ARMS, recipes
-from samlib.study.campaign import Part, once
-from samlib.study.scoring import bench
-from samlib.train.finetune import Finetuned
+from samlib.study.arms import ARMS, Arm, recipes
+from samlib.study.campaign import Result, Wanted, once
+from samlib.study.scoring import Bench
+from samlib.train.result import Finetuned
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # places on the line from one model to the other
 
@@ -29,13 +27,12 @@ def blocks(encoder: nn.Module) -> list[str]:
     return found or [name for name, _ in encoder.named_children()]
 
 
-def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> dict[str, Any]:
+def measure(run: Run, arm: Arm, seed: int, length: float = 1.0) -> Result:
     """Cross-task linearity, losses in between and angles of all pairs of models of one arm and one seed.
 
     Args:
         run: preset, device and cache.
-        clip: the pre-trained model.
-        arm: as in `arms.recipes`.
+        arm: such as one of `arms.ARMS`.
         seed: as in `arms.recipes`.
         length: multiple of the preset's steps.
 
@@ -48,12 +45,11 @@ def measure(run: Run, clip: Clip, arm: str, seed: int, length: float = 1.0) -> d
     Taught in: 06_interference.
     """
     todo = recipes(run, arm, seed, length)
-    return once("pairs", _measure, run, clip, todo, images=run.preset.n_hessian, grid=GRID)
+    return once("pairs", _compute, run, todo, images=run.preset.n_hessian, grid=GRID)
 
 
-def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
-    b, n = bench(run, clip), run.preset.n_hessian
-    thetas = [{name: w.to(run.device) for name, w in d.theta.items()} for d in done]
+def _compute(b: Bench, thetas: list[Theta], done: Sequence[Finetuned]) -> Result:
+    n = b.preset.n_hessian
     taus = [task_vector(theta, b.theta_0) for theta in thetas]
     seen, unseen = ([subset(split, n) for split in splits] for splits in (b.trains, b.tests))
     found = {}
@@ -78,6 +74,6 @@ def _measure(run: Run, clip: Clip, done: Sequence[Finetuned]) -> dict[str, Any]:
     return {"pairs": found}
 
 
-def plan(run: Run, seed: int) -> list[Part]:
-    """Every arm: what `samlib.publish` measures."""
-    return [(run, [(arm, seed, 1.0) for arm in ARMS])]
+def plan(run: Run, seed: int) -> Iterator[list[Wanted]]:
+    """Every arm: what `python -m samlib.study.publish pairs` measures."""
+    yield [(run, arm, seed, 1.0) for arm in ARMS.values()]

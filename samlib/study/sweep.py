@@ -258,13 +258,13 @@ def draw(table: pd.DataFrame, ax: Axes, x: str, y: str, hue: str | None = None) 
     import pandas as pd
     import seaborn as sns
 
-    from samlib.measure.intervals import interval
+    from samlib.measure.intervals import estimate
     from samlib.notebook.plot import COLOURS
 
     colours = {name.lower(): colour for name, colour in COLOURS.items()}
     known = hue is not None and set(table[hue]) <= set(colours)
     style = {"hue": hue, "palette": colours if known else None, "marker": "o"}
-    sns.lineplot(table, x=x, y=y, ax=ax, err_style="bars", errorbar=lambda v: interval(v)[1:], **style)
+    sns.lineplot(table, x=x, y=y, ax=ax, err_style="bars", errorbar=lambda v: estimate(v)[1:3], **style)
     if pd.api.types.is_numeric_dtype(table[x]):
         values = sorted(table[x].dropna().unique())
         positive = [value for value in values if value > 0]

@@ -161,7 +161,7 @@ def micro_batch(model: str, batch_size: int, device: str | torch.device, precisi
     free, images = SHARE * free_memory(device), batch_size
     while True:
         recipe = Recipe(
-            "", "sam", 1, 1.0, batch_size=batch_size, micro_batch=images, shared_climb=True, precision=precision
+            ("",), "sam", 1, 1.0, batch_size=batch_size, micro_batch=images, shared_climb=True, precision=precision
         )
         needed = sum(memory(model, recipe).values())
         if needed <= free:

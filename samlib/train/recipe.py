@@ -18,8 +18,8 @@ class Recipe:
     """All that decides a fine-tuned model, apart from the pre-trained one.
 
     Args:
-        task: name that `tasks.load_task` knows; several names with + between them train one model on all of them, which
-            take turns, a batch of each after the other.
+        tasks: names that `tasks.load_task` knows, in most cases one (which may be given as it is); several train one model
+            on all of them, which take turns, a batch of each after the other.
         optimizer: "adamw", "sam", "asam", or "rwp" (random weight perturbation: SAM that climbs along noise).
         steps: updates, >= 1.
         rho: radius, >= 0; 0 for AdamW.
@@ -51,7 +51,7 @@ class Recipe:
     Taught in: 04_fine_tuning.
     """
 
-    task: str
+    tasks: tuple[str, ...]
     optimizer: str
     steps: int
     rho: float = 0.0
@@ -76,11 +76,18 @@ class Recipe:
     diagnose: bool = False
 
     def __post_init__(self) -> None:
+        tasks: object = self.tasks
+        if isinstance(tasks, (str, list)):  # one name, or what JSON makes of a tuple
+            object.__setattr__(self, "tasks", (tasks,) if isinstance(tasks, str) else tuple(tasks))
         for name in ("rho", "eta", "lr", "weight_decay", "warmup", "clip_norm", "decay", "label_noise"):
             if type(getattr(self, name)) is int:  # one key for 0 and 0.0
                 object.__setattr__(self, name, float(getattr(self, name)))
         climbs, is_asam = self.optimizer != "adamw", self.optimizer == "asam"
         rules = {
+            "tasks": (
+                isinstance(self.tasks, tuple) and len(self.tasks) > 0 and all(isinstance(t, str) for t in self.tasks),
+                "one or more names, such as ('digits',)",
+            ),
             "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             "steps": (whole(self.steps, 1), "an integer >= 1"),
             "rho": (0 <= self.rho < math.inf if climbs else self.rho == 0, ">= 0, and 0 for adamw"),
@@ -110,9 +117,9 @@ class Recipe:
                 raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks."""
-        return tuple(self.task.split("+"))
+    def task(self) -> str:
+        """The task's name; of several, all names."""
+        return "+".join(self.tasks)
 
     @property
     def per_pass(self) -> int:

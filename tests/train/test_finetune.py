@@ -677,7 +677,7 @@ def test_unknown_task_is_a_key_error(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_tasks_take_turns_and_the_loss_is_their_mean(tiny: Any, tmp_path: Path) -> None:
-    recipe = Recipe("warm+cool", "adamw", steps=2, lr=1e-2, warmup=0.0, batch_size=16, weight_decay=0.0)
+    recipe = Recipe(("warm", "cool"), "adamw", steps=2, lr=1e-2, warmup=0.0, batch_size=16, weight_decay=0.0)
     assert recipe.tasks == ("warm", "cool")
     done = finetune.finetune(recipe, tiny, "cpu", tmp_path)
     theta = {name: w.clone().requires_grad_() for name, w in weights_of(tiny.encoder).items()}
@@ -704,7 +704,7 @@ def test_tasks_take_turns_and_the_loss_is_their_mean(tiny: Any, tmp_path: Path) 
 
 
 def test_a_model_of_several_tasks_resumes_in_its_turn(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    recipe = Recipe("warm+cool", "sam", steps=9, rho=0.05, lr=1e-2, batch_size=16)
+    recipe = Recipe(("warm", "cool"), "sam", steps=9, rho=0.05, lr=1e-2, batch_size=16)
     whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
     monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", 0.0)
     calls = 0
