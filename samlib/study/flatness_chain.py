@@ -133,7 +133,8 @@ def table(runs: Sequence[Result]) -> pd.DataFrame:
         runs: results of `measure` with `arm`, `seed` and `recipes`, as they are published.
 
     Returns:
-        arm, rho, seed, task; the numbers of `measure` that are single numbers; `accuracy lost`; `top eigenvalue`;
+        arm, rho, seed, task; the numbers of `measure` that are single numbers; `points lost` (of test accuracy);
+        `top eigenvalue`;
         `SAM sharpness`, `ASAM sharpness` (worst); `quadratic` (first + second) and `test along` (curvature along the
         merging perturbation on test images).
 
@@ -144,7 +145,8 @@ def table(runs: Sequence[Result]) -> pd.DataFrame:
         for task, found in r["tasks"].items():
             row: dict[str, Any] = {"arm": r["arm"], "rho": r["recipes"][0]["rho"], "seed": r["seed"], "task": task}
             row |= {name: value for name, value in found.items() if isinstance(value, float)}
-            row |= {"accuracy lost": found["test accuracy lost"], "top eigenvalue": found["eigenvalues"][0]}
+            row |= {"points lost": 100 * found["test accuracy lost"]}
+            row |= {"top eigenvalue": found["eigenvalues"][0]}
             row |= {f"{name} sharpness": values["worst"] for name, values in found["sharpness"].items()}
             row |= {"quadratic": found["first"] + found["second"]}
             rows.append(row | {"test along": 2 * found["test second"] / found["length"] ** 2})
