@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,6 +106,16 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SAMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("SAMLIB_IMAGES", raising=False)
         yield folder
+
+
+@pytest.fixture
+def run(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run of the preset smoke over the two stand-in tasks and the CLIP double, with published values of its own."""
+    from samlib.notebook.run import begin
+
+    monkeypatch.setenv("SAMLIB_CACHE", str(tmp_path / "cache"))
+    started = begin("demo", {"preset": "smoke", "tasks": ["warm", "cool"], "seed": 3, "device": "cpu"})
+    return dataclasses.replace(started, published=tmp_path / "published", models={"testbed": tiny})
 
 
 @pytest.fixture(scope="session")

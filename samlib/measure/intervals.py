@@ -49,9 +49,8 @@ class Estimate(NamedTuple):
 def signed(value: float, spec: str) -> str:
     """A number as text with a real minus sign, and without one where it rounds to zero."""
     text = format(value, spec)
-    if not math.isnan(value) and float(text) == 0:
-        text = format(0.0, spec)
-    return text.replace("-", "−")
+    rounds_to_zero = not re.search("[1-9]|[a-df-z]", text)
+    return (format(0.0, spec) if rounds_to_zero else text).replace("-", "−")
 
 
 def estimate(samples: Sequence[float], scale: float = 1.0) -> Estimate:

@@ -103,7 +103,7 @@ def _named(thing: Any) -> Iterator[tuple[str, Any]]:
                 yield name, cell.cell_contents
             except ValueError:  # not assigned yet
                 continue
-        yield f"{function.__name__} defaults", [function.__defaults__, function.__kwdefaults__]
+        yield f"{function.__name__} defaults", (function.__defaults__, *(function.__kwdefaults__ or {}).items())
 
 
 def _names(code: CodeType) -> set[str]:
@@ -113,11 +113,10 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _plain(value: Any) -> str:
-    """A value as JSON, or nothing where it is no plain one: that is what a result's parameters are for."""
-    try:
-        return json.dumps(value, sort_keys=True)
-    except (TypeError, ValueError):
-        return ""
+    """A constant as text, or nothing where it is none: what may change is what a result's parameters are for."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_plain, value))})"
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else ""
 
 
 def _own_source(thing: Any) -> str:

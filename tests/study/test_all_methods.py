@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,20 +9,12 @@ from samlib import merge
 from samlib.data.tasks import load_task
 from samlib.model import evaluate
 from samlib.model.head import zero_shot_head
-from samlib.model.theta import weights_of
-from samlib.notebook.run import Run, begin
+from samlib.model.theta import Theta, weights_of
+from samlib.notebook.run import Run
 from samlib.study import all_methods, arms
 from samlib.study.all_methods import MERGES
-from samlib.study.arms import JOINT
+from samlib.study.arms import ARMS, JOINT
 from samlib.train.finetune import finetune_many
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run over the two stand-in tasks, with published values of its own."""
-    monkeypatch.setenv("SAMLIB_CACHE", str(tmp_path / "cache"))
-    started = begin("compare", preset="smoke", tasks=["warm", "cool"], device="cpu")
-    return dataclasses.replace(started, published=tmp_path / "published")
 
 
 def test_every_method_of_the_registry_is_in_the_table() -> None:
@@ -33,14 +24,14 @@ def test_every_method_of_the_registry_is_in_the_table() -> None:
 
 
 def test_rows_are_those_of_the_methods_at_the_lambda_of_the_validation_splits(run: Run, tiny: Any) -> None:
-    found = all_methods.measure(run, tiny, "AdamW", 0)
+    found = all_methods.measure(run, ARMS["AdamW"], 0)
     assert list(found) == ["single", *MERGES] and found["single"]["normalised"] == 1
-    thetas = [d.theta for d in finetune_many(arms.recipes(run, "AdamW", 0), tiny, "cpu", run.cache)]
+    thetas = [d.theta for d in finetune_many(arms.recipes(run, ARMS["AdamW"], 0), tiny, "cpu", run.cache)]
     theta_0 = weights_of(tiny.encoder)
     loaded = [load_task(name) for name in run.preset.tasks]
     heads = [zero_shot_head(tiny, task) for task in loaded]
 
-    def scores(theta: merge.method.Theta, split: str) -> list[float]:
+    def scores(theta: Theta, split: str) -> list[float]:
         parts = zip((getattr(task, split) for task in loaded), heads, strict=True)
         return [evaluate.accuracy(tiny.encoder, theta, *part) for part in parts]
 
@@ -63,9 +54,9 @@ def test_rows_are_those_of_the_methods_at_the_lambda_of_the_validation_splits(ru
 
 def test_the_joint_model_is_one_for_all_tasks_with_all_their_updates(run: Run, tiny: Any) -> None:
     (recipe,) = arms.recipes(run, JOINT, 4)
-    single = arms.recipes(run, "AdamW", 4)[0]
-    assert recipe == dataclasses.replace(single, task="warm+cool", steps=2 * single.steps)
-    found = all_methods.measure(run, tiny, JOINT, 4)
+    single = arms.recipes(run, ARMS["AdamW"], 4)[0]
+    assert recipe == dataclasses.replace(single, tasks=("warm", "cool"), steps=2 * single.steps)
+    found = all_methods.measure(run, JOINT, 4)
     assert list(found) == ["single"]
     (done,) = finetune_many([recipe], tiny, "cpu", run.cache)
     for name, accuracy in found["single"]["accuracy"].items():
