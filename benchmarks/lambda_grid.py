@@ -22,13 +22,12 @@ from torch.func import functional_call, vmap
 
 from samlib import merge
 from samlib.data.tasks import load_task
-from samlib.model.clip import load_clip
 from samlib.model.evaluate import accuracy
 from samlib.model.head import zero_shot_head
 from samlib.model.theta import Theta, weights_of
 from samlib.notebook.run import begin
 from samlib.study.all_methods import MERGES
-from samlib.study.arms import recipes
+from samlib.study.arms import Arm, recipes
 from samlib.train.finetune import finetune_many
 
 
@@ -37,10 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    run = begin("lambda_grid", preset="published", steps=4)  # the time does not depend on how good a model is
-    clip = load_clip(run.device)
+    run = begin("lambda_grid", {"preset": "published", "steps": 4})  # the time does not depend on how good a model is
+    clip = run.clip
     encoder, theta_0 = clip.encoder, weights_of(clip.encoder)
-    thetas = [done.theta for done in finetune_many(recipes(run, "AdamW", 0), clip, run.device, run.cache)]
+    thetas = [done.theta for done in finetune_many(recipes(run, Arm("adamw"), 0), clip, run.device, run.cache)]
     loaded = [load_task(name) for name in run.preset.tasks]
     splits, heads = [task.validation for task in loaded], [zero_shot_head(clip, task) for task in loaded]
 

@@ -11,31 +11,28 @@ from collections.abc import Iterable
 
 from samlib.data.tasks import load_task
 from samlib.model import registry
-from samlib.model.clip import load_clip
 from samlib.notebook.run import begin
 from samlib.study import central
-from samlib.study.arms import recipes
+from samlib.study.arms import Arm, recipes
 from samlib.study.campaign import measure_many
-from samlib.study.central import zero_shot
+from samlib.study.scoring import zero_shot
 from samlib.train.finetune import finetune_many
 
 CARD = registry.WEIGHTS.with_name("README.md")
+ADAMW = Arm("adamw")
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
 def report(preset: str, lengths: list[float] | None) -> str:
     """Measure and write the card's tables in Markdown."""
-    run = begin("testbed", preset=preset)
+    run = begin("testbed", {"preset": preset})
     p = run.preset
-    clip = load_clip(run.device)
-    zero = zero_shot(run, clip)
+    zero = zero_shot(run)
     lengths = sorted(lengths or p.lengths)
-    by_length = dict(
-        zip(lengths, measure_many(run, clip, [("AdamW", 0, x) for x in lengths], central.measure), strict=True)
-    )
+    by_length = dict(zip(lengths, measure_many(central.measure, [(run, ADAMW, 0, x) for x in lengths]), strict=True))
     main_length = max((x for x in lengths if x <= 1), default=lengths[0])
-    found, todo = by_length[main_length], recipes(run, "AdamW", 0, main_length)
-    seconds = {d.recipe.task: d.seconds for d in finetune_many(todo, clip, run.device, run.cache)}
+    found, todo = by_length[main_length], recipes(run, ADAMW, 0, main_length)
+    seconds = {d.recipe.task: d.seconds for d in finetune_many(todo, run.clip, run.device, run.cache)}
     arithmetic = found["task arithmetic"]
 
     rows = []
@@ -64,7 +61,7 @@ def report(preset: str, lengths: list[float] | None) -> str:
         loss = sum(result["train_loss"].values()) / len(result["train_loss"])
         accuracies = [result[row]["mean"] for row in ("single", "averaging", "task arithmetic")]
         numbers = [f"{loss:.4f}", *(f"{value:.3f}" for value in accuracies), f"{result['task arithmetic']['lam']:g}"]
-        lines.append(_row([recipes(run, "AdamW", 0, length)[0].steps, *numbers]))
+        lines.append(_row([recipes(run, ADAMW, 0, length)[0].steps, *numbers]))
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from samlib.data.tasks import load_task, subset
 from samlib.measure.interference import xi
-from samlib.model.clip import load_clip
 from samlib.model.evaluate import logits
 from samlib.model.head import zero_shot_head
 from samlib.model.theta import task_vector, weights_of
@@ -29,8 +28,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, default=9, help="values of each coefficient, from -2 to 2")
     a = parser.parse_args()
-    run = begin("xi_grid", preset="published")
-    clip = load_clip(run.device)
+    run = begin("xi_grid", {"preset": "published"})
+    clip = run.clip
     theta_0 = weights_of(clip.encoder)
     torch.manual_seed(0)
     theta_1, theta_2 = ({n: w + 0.1 * w.std() * torch.randn_like(w) for n, w in theta_0.items()} for _ in range(2))

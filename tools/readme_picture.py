@@ -8,21 +8,19 @@ import matplotlib.pyplot as plt
 
 from samlib.notebook import plot
 from samlib.notebook.run import begin
-from samlib.study.arms import ARMS
 from samlib.study.central import table
-from samlib.study.evidence import published
+from samlib.study.evidence import published, published_zero_shot
 
 PICTURE = Path(__file__).parents[1] / "book" / "images" / "summary.png"
 
 
 def main() -> None:
     """Mean test accuracy of single and merged models by arm, with intervals over seeds."""
-    run = begin("experiment", preset="published", device="cpu")
-    results = published(run)
-    if not results:
-        raise SystemExit("nothing is published yet: run python -m samlib.study.publish experiment first")
-    zero_shot = run.published_values()["zero-shot"]
-    steps, seeds = results[ARMS[0]][0]["steps"], len(results[ARMS[0]])
+    run = begin("readme", {"preset": "published", "device": "cpu"})
+    results, zero_shot = published(run), published_zero_shot(run)
+    if not results or zero_shot is None:
+        raise SystemExit("nothing is published yet: run python -m samlib.study.publish central first")
+    steps, seeds = results["AdamW"][0]["steps"], len(results["AdamW"])
     plot.style()
     figure, ax = plt.subplots(figsize=(8, 3.6))
     plot.bars(100 * table(results)[["mean", "low", "high"]], ax)

@@ -37,7 +37,8 @@ class Estimate(NamedTuple):
 
     def map(self, function: Callable[[float], float]) -> Estimate:
         """The estimate of an increasing function of what was estimated, such as a ratio from its logarithm."""
-        return Estimate(*(float(function(x)) for x in self[:3]), self.n)
+        mean, low, high = (float(function(x)) for x in self[:3])
+        return Estimate(mean, low, high, self.n)
 
     def __format__(self, spec: str) -> str:
         number, unit = re.fullmatch(r"([^a-z]*[a-z]?)(.*)", spec or ".3g").groups()  # type: ignore[union-attr]

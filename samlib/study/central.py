@@ -94,7 +94,8 @@ def gains(results: Mapping[str, Sequence[Result]], base: str, value: str = "mean
     found = {}
     for arm in (a for a in results if a != base):
         for model in ROWS:
-            found[arm, model] = paired(*([r[model][value] for r in results[name]] for name in (arm, base)))
+            mine, theirs = ([r[model][value] for r in results[name]] for name in (arm, base))
+            found[arm, model] = paired(mine, theirs)
     return _frame(found)
 
 

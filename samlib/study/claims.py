@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from samlib.measure.intervals import Estimate, bootstrap, correlations, estimate, mean, paired
 from samlib.measure.landscape import above_chord
@@ -26,6 +28,9 @@ from samlib.study.campaign import Result
 from samlib.study.pairs import GRID
 
 SHORT = {"AdamW": "adamw", "AdamW, 2x steps": "adamw2x", "SAM": "sam", "ASAM": "asam"}  # in the names of glued values
+
+
+Pair = dict[str, Any]  # what `pairs.measure` found of two tasks
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def over_tasks(name: str) -> Callable[[Result], float]:
     return lambda r: sum(r[name].values()) / len(r[name])
 
 
-def over_pairs(value: Callable[[dict[str, object]], float]) -> Callable[[Result], float]:
+def over_pairs(value: Callable[[Pair], float]) -> Callable[[Result], float]:
     """The mean over pairs of tasks of a number that is made of what `pairs.measure` found."""
     return lambda r: sum(value(pair) for pair in r["pairs"].values()) / len(r["pairs"])
 
@@ -91,24 +96,21 @@ def _kappa(r: Result) -> float:
     return sum(2 * r["gap_arithmetic"][t] / d for t, d in found.items()) / len(found)
 
 
-def _last(pair: dict[str, object]) -> dict[str, float]:
+def _last(pair: Pair) -> dict[str, float]:
     """What was found at the last block."""
-    return list(pair["blocks"].values())[-1]  # type: ignore[attr-defined]
+    return list(pair["blocks"].values())[-1]
 
 
-def midway(pair: dict[str, object]) -> float:
+def midway(pair: Pair) -> float:
     """The deviation of two tasks' joint loss from its chord in the middle between their models, in nats."""
-    joint = np.asarray(pair["losses"]).sum(0)
-    import torch
-
-    return float(above_chord(torch.from_numpy(joint), GRID)[len(joint) // 2])
+    joint = torch.tensor(pair["losses"], dtype=torch.float64).sum(0)
+    return float(above_chord(joint, GRID)[len(joint) // 2])
 
 
-def _rise(pair: dict[str, object]) -> float:
+def _rise(pair: Pair) -> float:
     """The rise of each task's loss from its own model to the middle, mean of the two, in nats."""
-    (s_own, *_, s_far), (t_far, *_, t_own) = pair["losses"]  # type: ignore[misc]
-    s_mid, t_mid = (losses[len(losses) // 2] for losses in pair["losses"])  # type: ignore[attr-defined]
-    return float((s_mid - s_own + t_mid - t_own) / 2)
+    (s, t), middle = pair["losses"], len(pair["losses"][0]) // 2  # of each task, from theta_s to theta_t
+    return float((s[middle] - s[0] + t[middle] - t[-1]) / 2)
 
 
 _NAMES = {"single": "single", "averaging": "average", "task arithmetic": "arithmetic", "TIES": "ties"}
@@ -145,8 +147,8 @@ MEASURES |= {
     "joint": Measure("deviation from joint-task linearity, nats", "pairs", over_pairs(midway), -1, ".3f"),
     "delta": Measure("its size, nats", "pairs", over_pairs(lambda p: abs(midway(p))), -1, ".3f"),
     "rise": Measure("rise of the loss midway between two models, nats", "pairs", over_pairs(_rise), -1, ".3f"),
-    "cosine": Measure("cosine between task vectors", "pairs", over_pairs(lambda p: float(p["cosine"])), -1, ".3f"),  # type: ignore[arg-type]
-    "conflict": Measure("sign conflict", "pairs", over_pairs(lambda p: float(p["sign conflict"])), -1, ".3f"),  # type: ignore[arg-type]
+    "cosine": Measure("cosine between task vectors", "pairs", over_pairs(lambda p: p["cosine"]), -1, ".3f"),
+    "conflict": Measure("sign conflict", "pairs", over_pairs(lambda p: p["sign conflict"]), -1, ".3f"),
     "flatter": Measure("largest eigenvalue, ratio", "flatness_chain", "top eigenvalue", -1, ".2f", ratio=True),
     "along": Measure("curvature along the merge, ratio", "flatness_chain", "along", -1, ".2f", ratio=True),
     "gap_average": Measure("merge gap of averaging, nats", "flatness_chain", "gap_average", -1, ".2f"),
