@@ -1,4 +1,4 @@
-"""Run a notebook for every point of a grid, side by side, and collect its numbers: `python -m samlib.study.sweep FILE`."""
+"""Run a notebook for every point of a grid, side by side, and collect: `python -m samlib.study.sweep FILE`."""
 
 from __future__ import annotations
 

@@ -195,7 +195,6 @@ def test_the_code_of_every_module_decides(folder: Path, monkeypatch: pytest.Monk
     assert len(set(map(tuple, seen))) == len(seen)
 
 
-
 # Runs
 
 
