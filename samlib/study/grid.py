@@ -7,16 +7,15 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from samlib.notebook.parameters import PARAMETERS
 from samlib.store import keys
-from samlib.store.files import (
-    read_json,  # whatever loads torch is imported where it is needed: mistakes are told at once
-)
+from samlib.store.files import read_json
 
 KEYS = ("notebook", "out", "parameters", "grid", "figure")  # of the YAML file
 Point = dict[str, Any]  # parameter -> value
@@ -45,6 +44,11 @@ class Sweep:
     points: list[Point]
     files: list[Path]
     figure: dict[str, str]
+
+    @property
+    def swept(self) -> list[str]:
+        """Names of the parameters that vary."""
+        return list(dict.fromkeys(name for point in self.points for name in point))
 
 
 def expand(grid: Any) -> list[Point]:
@@ -106,6 +110,28 @@ def read(path: Path, out: Path | None = None) -> Sweep:
 
     Taught in: 08_sweep.
     """
+    asked = _asked(path, ("notebook", "grid") if out else ("notebook", "grid", "out"))
+    source, folder = path.parent / str(asked["notebook"]), out or path.parent / str(asked["out"])
+    if not source.is_file():
+        raise ValueError(f"there is no notebook {source}: 'notebook' is relative to the folder of {path.name}")
+    notebook = read_json(source)
+    sweep = Sweep(
+        name=path.stem,
+        notebook=source.resolve(),
+        out=folder.resolve(),
+        defaults=declared(notebook),
+        fixed=asked["parameters"],
+        points=expand(asked["grid"]),
+        files=[],
+        figure=asked["figure"],
+    )
+    _check_parameters(sweep)
+    _check_figure(sweep)
+    return replace(sweep, files=_files(sweep, notebook))
+
+
+def _asked(path: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """What a YAML file holds: none but KEYS, something under each of `needed`, and names with values where it must."""
     try:
         asked = yaml.load(path.read_text("utf-8"), _Loader)
     except (OSError, yaml.YAMLError) as error:
@@ -113,37 +139,56 @@ def read(path: Path, out: Path | None = None) -> Sweep:
     if not isinstance(asked, dict):
         raise ValueError(f"{path} must hold the keys {', '.join(KEYS)}")
     known(asked, KEYS, f"{path.name} has no key")
-    for name in ("notebook", "grid", *([] if out else ["out"])):
+    for name in needed:
         if not asked.get(name):
             raise ValueError(f"{path.name}: {name!r} is missing or empty")
-    source, folder = path.parent / str(asked["notebook"]), (out or path.parent / str(asked["out"])).resolve()
-    if not source.is_file():
-        raise ValueError(f"there is no notebook {source}: 'notebook' is relative to the folder of {path.name}")
-    notebook, fixed, points = read_json(source), asked.get("parameters") or {}, expand(asked["grid"])
-    defaults, swept = declared(notebook), list(dict.fromkeys(name for point in points for name in point))
-    figure = asked.get("figure") or {}
-    for key, value in {"parameters": fixed, "figure": figure}.items():
-        if not isinstance(value, dict):
-            raise ValueError(f"{path.name}: {key} must be names with values, not {value!r}")
-    known([*fixed, *swept], defaults, f"{source.name} has no parameter")
-    for point in [fixed, *points]:
+    for name in ("parameters", "figure"):
+        asked[name] = asked.get(name) or {}
+        if not isinstance(asked[name], dict):
+            raise ValueError(f"{path.name}: {name} must be names with values, not {asked[name]!r}")
+    return asked
+
+
+def _check_parameters(sweep: Sweep) -> None:
+    """Refuse parameters that the notebook does not have or take, and a run that is there twice."""
+    known([*sweep.fixed, *sweep.swept], sweep.defaults, f"{sweep.notebook.name} has no parameter")
+    for point in [sweep.fixed, *sweep.points]:
         for name, value in point.items():
             _check(name, value)
-            if point is not fixed and name in fixed:
-                raise ValueError(f"{name} is in 'parameters' and in 'grid': take it out of one of them")
-    whole = [defaults | fixed | point for point in points]
-    if twice := [point for i, point in enumerate(points) if whole[i] in whole[:i]]:
-        raise ValueError(f"grid holds a run twice: {words(twice[0])}")
-    known(figure, ("x", "y", "hue"), "figure has no key")
-    known([figure[axis] for axis in ("x", "hue") if axis in figure], swept, "figure: the grid varies no")
-    if figure and not {"x", "y"} <= set(figure):
+    if twice := [name for name in sweep.swept if name in sweep.fixed]:
+        raise ValueError(f"{twice[0]} is in 'parameters' and in 'grid': take it out of one of them")
+    whole = [sweep.defaults | sweep.fixed | point for point in sweep.points]
+    if again := [point for i, point in enumerate(sweep.points) if whole[i] in whole[:i]]:
+        raise ValueError(f"grid holds a run twice: {words(again[0])}")
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse what a notebook's `begin` would refuse."""
+    allowed, fits = PARAMETERS.get(name, ("", lambda value: True))
+    if not fits(value):
+        number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value)
+        hint = f"; YAML takes {value} for text: write {value.replace('e', '.0e')}" if number else ""
+        raise ValueError(f"{name} must be {allowed}, not {value!r} ({type(value).__name__}){hint}")
+
+
+def _check_figure(sweep: Sweep) -> None:
+    """Refuse a figure without both axes, or with x and hue that do not vary."""
+    known(sweep.figure, ("x", "y", "hue"), "figure has no key")
+    varied = [sweep.figure[axis] for axis in ("x", "hue") if axis in sweep.figure]
+    known(varied, sweep.swept, "figure: the grid varies no")
+    if sweep.figure and not {"x", "y"} <= set(sweep.figure):
         raise ValueError("figure must have x and y, such as {x: rho, y: merged, hue: optimizer}")
-    code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+
+
+def _files(sweep: Sweep, notebook: Mapping[str, Any]) -> list[Path]:
+    """A name for each run, for people and by all that decides it: the notebook's code, samlib's, and the parameters."""
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     decides = [code, keys.library()]
-    names = [keys.key([*decides, fixed | point])[:16] for point in points]
-    labels = [re.sub(r"[^\w.=-]+", "_", words(point))[:100] for point in points]
-    files = [folder / f"{label}-{key}.ipynb" for label, key in zip(labels, names, strict=True)]
-    return Sweep(path.stem, source.resolve(), folder, defaults, fixed, points, files, figure)
+    files = []
+    for point in sweep.points:
+        label = re.sub(r"[^\w.=-]+", "_", words(point))[:100]
+        files.append(sweep.out / f"{label}-{keys.key([*decides, sweep.fixed | point])[:16]}.ipynb")
+    return files
 
 
 class _Loader(yaml.SafeLoader):
@@ -163,17 +208,6 @@ def known(names: Iterable[Any], allowed: Iterable[str], what: str) -> None:
             close = difflib.get_close_matches(str(name), allowed, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{what} {name!r}, only {', '.join(allowed)}{hint}")
-
-
-def _check(name: str, value: Any) -> None:
-    """Refuse what a notebook's `begin` would refuse."""
-    from samlib.notebook.parameters import PARAMETERS
-
-    allowed, fits = PARAMETERS.get(name, ("", lambda value: True))
-    if not fits(value):
-        number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value)
-        hint = f"; YAML takes {value} for text: write {value.replace('e', '.0e')}" if number else ""
-        raise ValueError(f"{name} must be {allowed}, not {value!r} ({type(value).__name__}){hint}")
 
 
 def words(point: Point) -> str:

@@ -1,4 +1,4 @@
-"""Run a notebook for every point of a grid, side by side, and collect its numbers: `python -m samlib.study.sweep FILE`."""
+"""Run a notebook for every point of a grid, side by side, and collect: `python -m samlib.study.sweep FILE`."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def collect(sweep: Sweep) -> pd.DataFrame:
     """
     import pandas as pd
 
-    names = list(dict.fromkeys(name for point in sweep.points for name in point))
+    names = sweep.swept
     plain = {n for n in names if all(isinstance(p.get(n), (int, float, type(None))) for p in sweep.points)}
     rows = []
     for point, path in zip(sweep.points, sweep.files, strict=True):
@@ -262,8 +262,8 @@ def draw(table: pd.DataFrame, ax: Axes, x: str, y: str, hue: str | None = None) 
     from samlib.notebook.plot import COLOURS
 
     colours = {name.lower(): colour for name, colour in COLOURS.items()}
-    known = hue is not None and set(table[hue]) <= set(colours)
-    style = {"hue": hue, "palette": colours if known else None, "marker": "o"}
+    ours = hue is not None and set(table[hue]) <= set(colours)
+    style = {"hue": hue, "palette": colours if ours else None, "marker": "o"}
     sns.lineplot(table, x=x, y=y, ax=ax, err_style="bars", errorbar=lambda v: estimate(v)[1:3], **style)
     if pd.api.types.is_numeric_dtype(table[x]):
         values = sorted(table[x].dropna().unique())

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,9 +23,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from samlib.measure.intervals import interval
+from samlib.measure.intervals import estimate
 from samlib.notebook import page
-from samlib.store import files as cache
 from samlib.store.files import read_json
 from samlib.study import grid, sweep
 
@@ -176,11 +176,23 @@ def test_a_files_name_follows_from_all_that_decides_its_run(folder: Path, monkey
     assert not set(names()) & set(first)
 
 
-def test_the_code_of_every_module_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(cache, "code", lambda *names: dict.fromkeys(asked.__iadd__(names), ""))
-    grid.read(Path(write(folder)))
-    assert {"sam", "merge", "experiment", "tasks", "sweep"} <= set(asked)
+def test_the_code_of_every_module_decides(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "samlib"
+    shutil.copytree(grid.keys.ROOT, library, ignore=lambda _, names: [n for n in names if n == "testbed"])
+    monkeypatch.setattr(grid.keys, "ROOT", library)
+
+    def names() -> list[str]:
+        grid.keys._source.cache_clear()
+        return [file.name for file in grid.read(Path(write(folder))).files]
+
+    seen = [names()]
+    for module in ("train/sam", "merge/ties", "study/central", "data/tasks", "study/sweep", "notebook/page"):
+        file = library / f"{module}.py"
+        file.write_text(file.read_text() + "\n# words decide nothing\n")
+        assert names() == seen[-1], module
+        file.write_text(file.read_text() + "\nx = 1\n")
+        seen.append(names())
+    assert len(set(map(tuple, seen))) == len(seen)
 
 
 # Runs
@@ -330,7 +342,7 @@ def test_the_figure_shows_means_with_students_interval(table: pd.DataFrame) -> N
     drawn = [line.get_xydata().tolist() for line in ax.lines if len(line.get_xydata())]
     assert [[0, 50.5]] in drawn and [[0.01, 54.5], [0.1, 63.5]] in drawn
     bars = [segment.tolist() for c in ax.collections for segment in c.get_segments()]
-    _, low, high = interval([53, 56])
+    _, low, high, _ = estimate([53, 56])
     assert any(bar == [[0.01, pytest.approx(low)], [0.01, pytest.approx(high)]] for bar in bars)
     ax.clear()
     sweep.draw(table[table["rho"] > 0], ax, "rho", "merged")
@@ -362,8 +374,7 @@ def test_a_figure_of_a_number_that_nobody_glued(folder: Path, capsys: pytest.Cap
 
 
 def test_columns_of_mixed_values_are_words(folder: Path) -> None:
-    grid = [{"optimizer": ["adamw"]}, {"optimizer": ["sam"], "rho": [0.02]}]
-    asked = grid.read(Path(write(folder, grid=grid)))
+    asked = grid.read(Path(write(folder, grid=[{"optimizer": ["adamw"]}, {"optimizer": ["sam"], "rho": [0.02]}])))
     asked.out.mkdir()
     for file in asked.files:
         notebook = new_notebook(cells=[new_code_cell("x")], metadata={"papermill": {"duration": 1.0}})
