@@ -79,7 +79,7 @@ class TestNotebook:
             'if importlib.util.find_spec("samlib") is None:  # in Colab; the PyTorch that is there stays\n'
             f'    %pip install --quiet "samlib @ git+{REPOSITORY}@v{samlib.__version__}"'
         )
-        assert build_book.tags(others[0]) == ["parameters"]
+        assert build_book.tags(others[0]) == ["parameters", "hide-input"]
         assert (
             others[1].source.startswith("from samlib.notebook.run import begin  #")
             and "import" not in others[1].source[39:]
