@@ -7,11 +7,11 @@ from sphinx.application import Sphinx
 
 def escape(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Escape in place what reStructuredText would read as markup, outside of backticks."""
-    for number, line in enumerate(lines):
-        parts = re.split(r"(`+[^`]+`+)", line)  # text, code, text, ...
-        parts[::2] = [re.sub(r"([*|]|_\b)", r"\\\1", part) for part in parts[::2]]
-        parts[1::2] = ["\\ ``" + part.strip("`") + "``\\ " for part in parts[1::2]]  # an escaped space shows none
-        lines[number] = "".join(parts)
+    parts = re.split(r"(`+[^`]+`+)", "\n".join(lines))  # text, code, text, ...
+    parts[::2] = [re.sub(r"([*|]|_\b)", r"\\\1", part) for part in parts[::2]]
+    code = (" ".join(part.strip("`").split()) for part in parts[1::2])  # one that spans lines becomes one line
+    parts[1::2] = [f"\\ ``{part}``\\ " for part in code]  # an escaped space shows none
+    lines[:] = "".join(parts).split("\n")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -19,6 +19,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+TARGETS = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 def test_environment_takes_its_packages_from_the_project():
@@ -27,7 +28,7 @@ def test_environment_takes_its_packages_from_the_project():
     (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
     (requirement,) = pip
     extras = re.fullmatch(r"-e \.\[([\w,]+)\]", requirement).group(1).split(",")
-    assert set(extras) == {"book", "test"} <= set(PROJECT["project"]["optional-dependencies"])
+    assert set(extras) <= set(PROJECT["project"]["optional-dependencies"])
     assert f"'.[{','.join(extras)}]'" in (ROOT / "Makefile").read_text()
     assert {re.split("[=<>]", d)[0] for d in conda} == {"python", "pip", "make"}, "nothing is pinned twice"
     (python,) = [d.split("=")[1] for d in conda if d.startswith("python=")]
@@ -47,7 +48,7 @@ def test_repository_is_the_same_everywhere():
     url = CONFIG["repository"]["url"]
     assert PROJECT["project"]["urls"]["Repository"] == url
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == url
-    patterns = ("*.md", "book/*.md", "notebooks/*.ipynb", "samlib/*.py")
+    patterns = ("*.md", "book/**/*.md", "notebooks/*.ipynb", "samlib/**/*.py")
     for path in [path for pattern in patterns for path in ROOT.glob(pattern)]:
         found = re.findall(r"github(?:\.com)?/([\w.-]+/samlib)\b", path.read_text())
         assert {f"https://github.com/{name}" for name in found} <= {url}, path
@@ -88,7 +89,7 @@ def test_workflows_call_the_same_commands_as_people():
         assert runs and all(re.match(r"make |\.venv/bin/python -m tools\.", run) for run in runs), name
         assert any(re.match(rf"make {name}\b", run) for run in runs)
     script = (ROOT / ".ci" / "run").read_text()
-    assert "make test" in script and "make book PRESET=smoke" in script
+    assert re.findall(r"^ *make (.+?)(?: *\||$)", script, re.M) == ["test", "test-slow", "book PRESET=smoke"]
 
 
 def test_published_values_belong_to_this_version(tmp_path):
@@ -100,16 +101,33 @@ def test_published_values_belong_to_this_version(tmp_path):
     assert "nothing is published" in problems(tmp_path / "empty", None)[0]
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "book/how-to-run.md", "book/results.md"])
+def test_pages_name_commands_that_exist(name):
+    text = (ROOT / name).read_text()
+    for module in re.findall(r"-m ((?:samlib|tools|benchmarks)[\w.]*)", text):
+        assert runs(module), module
+    for target in re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", text, re.M):
+        assert set(target) & TARGETS, target
+    for path in re.findall(r"`((?:tests|tools|samlib|book)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def runs(module):
+    """Whether a module or package is a command."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.exists() and '__name__ == "__main__"' in file.read_text()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
 def test_workflows_call_what_exists(path):
     workflow = yaml.safe_load(path.read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     commands = "\n".join(step.get("run", "") for step in steps)
-    targets = re.findall(r"^([\w./]+|\$\(INSTALLED\)):", (ROOT / "Makefile").read_text(), re.M)
-    for target in re.findall(r"\bmake ([\w./]+)", commands):
-        assert target in targets or target == ".venv/installed", target
-    for module in re.findall(r"python -m (samlib|tools)\.(\w+)", commands):
-        assert (ROOT / "/".join(module)).with_suffix(".py").exists(), module
-    for file in re.findall(r"(?:tests|tools)/\w+\.py", commands):
+    for target in re.findall(r"\bmake ([\w./-]+)", commands):
+        assert target in TARGETS, target
+    for module in re.findall(r"python -m ((?:samlib|tools)[\w.]*)", commands):
+        assert runs(module), module
+    for file in re.findall(r"(?:tests|tools)/[\w/]+\.py", commands):
         assert (ROOT / file).exists(), file
     assert all("timeout-minutes" in job for job in workflow["jobs"].values())
