@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 
@@ -26,22 +27,15 @@ LAM, DENSITY = 0.3, 0.2
 METHODS = ("task_arithmetic", "ties", "tsv_m")
 
 
-def shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Tensors of an image encoder of open_clip."""
-    import open_clip
-
-    visual = open_clip.create_model(name, pretrained=None).visual
-    return {key: tuple(w.shape) for key, w in visual.named_parameters()}
-
-
 def make(name: str, folder: Path) -> None:
-    """theta_0 and T fine-tuned checkpoints of random numbers."""
+    """theta_0 and T fine-tuned checkpoints of random numbers, shaped as an image encoder of open_clip."""
+    import open_clip
     import torch
     from safetensors.torch import save_file
 
-    form = shapes(name)
+    visual = open_clip.create_model(name, pretrained=None).visual
     torch.manual_seed(0)
-    base = {key: torch.randn(shape) * 0.02 for key, shape in form.items()}
+    base = {key: torch.randn(w.shape) * 0.02 for key, w in visual.named_parameters()}
     save_file(base, folder / "base.safetensors")
     for t in range(T):
         theta = {key: w + 1e-3 * torch.randn(w.shape) for key, w in base.items()}
@@ -123,6 +117,35 @@ def watch(command: list[str], limit: float) -> tuple[float | None, float, str]:
     return (None if failed else seconds), peak * 1024 / 1e9, reason if failed else ""
 
 
+TOOLS: dict[str, Callable[[str, Path, Path], list[str] | None]]
+TOOLS = {"samlib": samlib, "mergekit": mergekit, "fusion-bench": fusion_bench}
+
+
+def compare(method: str, folder: Path, rounds: int, limit: float) -> list[dict[str, object]]:
+    """A row for each tool: medians of the seconds and of the ratios to samlib's in the same round, and the peak."""
+    times: dict[str, list[float]] = {tool: [] for tool in TOOLS}
+    peaks: dict[str, float] = dict.fromkeys(TOOLS, 0.0)
+    notes: dict[str, str] = dict.fromkeys(TOOLS, "")
+    for _ in range(rounds):
+        for tool, command_of in TOOLS.items():
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                command = command_of(method, folder, Path(out))
+                if command is None or notes[tool]:
+                    notes[tool] = notes[tool] or "does not have it"
+                    continue
+                seconds, peak, notes[tool] = watch(command, limit)
+                peaks[tool] = max(peaks[tool], peak)
+                times[tool] += [] if seconds is None else [seconds]
+    rows: list[dict[str, object]] = []
+    for tool, found in times.items():
+        row: dict[str, object] = {"method": method, "tool": tool, "peak GB": peaks[tool] or None, "note": notes[tool]}
+        if found:
+            row["seconds"] = median(found)
+            row["time / samlib"] = median(x / y for x, y in zip(found, times["samlib"], strict=False))
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Print one table a network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,50 +156,27 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where to put some 12 GB of checkpoints, by default a temporary one"
     )
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--fusion-bench", nargs=3, help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if a.make:
+        make(a.make[0], Path(a.make[1]))
+        return
     if a.fusion_bench:
         method, folder, out = a.fusion_bench
         run_fusion_bench(method, Path(folder), Path(out))
         return
-    tools: dict[str, Callable[[str, Path, Path], list[str] | None]]
-    tools = {"samlib": samlib, "mergekit": mergekit, "fusion-bench": fusion_bench}
     for name in a.networks:
         with tempfile.TemporaryDirectory(dir=a.folder) as place:
+            command = [sys.executable, "-m", "benchmarks.merging", "--make", name, place]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
             folder = Path(place)
-            script = f"from pathlib import Path; from benchmarks.merging import make; make({name!r}, Path({place!r}))"
-            subprocess.run([sys.executable, "-c", script], check=True, stderr=subprocess.DEVNULL)
             size = (folder / "base.safetensors").stat().st_size / 1e9
             print(f"\n{name}: theta_0 and {T} models of {size:.2f} GB each", flush=True)
-            rows = []
-            for method in a.methods:
-                times: dict[str, list[float]] = {tool: [] for tool in tools}
-                peaks: dict[str, float] = dict.fromkeys(tools, 0.0)
-                notes: dict[str, str] = dict.fromkeys(tools, "")
-                for _ in range(a.rounds):
-                    for tool, command_of in tools.items():
-                        with tempfile.TemporaryDirectory(dir=folder) as out:
-                            command = command_of(method, folder, Path(out))
-                            if command is None or notes[tool]:
-                                notes[tool] = notes[tool] or "does not have it"
-                                continue
-                            seconds, peak, notes[tool] = watch(command, a.limit)
-                            peaks[tool] = max(peaks[tool], peak)
-                            times[tool] += [] if seconds is None else [seconds]
-                for tool, found in times.items():
-                    ours = times["samlib"]
-                    ratio = sorted(x / y for x, y in zip(found, ours, strict=False))
-                    rows.append(
-                        {
-                            "method": method,
-                            "tool": tool,
-                            "seconds": sorted(found)[len(found) // 2] if found else None,
-                            "time / samlib": ratio[len(ratio) // 2] if ratio else None,
-                            "peak GB": peaks[tool] or None,
-                            "note": notes[tool],
-                        }
-                    )
-            print(pd.DataFrame(rows).set_index(["method", "tool"]).round(2).to_string(na_rep=""), flush=True)
+            rows = [row for method in a.methods for row in compare(method, folder, a.rounds, a.limit)]
+            columns = ["method", "tool", "seconds", "time / samlib", "peak GB", "note"]
+            table = pd.DataFrame(rows, columns=columns).set_index(columns[:2])
+            print(table.round(2).to_string(na_rep=""), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ def main(arguments: list[str] | None = None) -> None:
             flags = ["--lambda", "--lam"] if name == "lam" else [f"--{name.replace('_', '-')}"]
             kind = type(default)
             command.add_argument(
-                *flags, dest=name, type=kind, default=default, help=_help(method.rules[name][0], default)
+                *flags, dest=name, type=kind, default=default, help=_help(method.rules[name].text, default)
             )
     a = parser.parse_args(arguments)
     if a.method == "list":
         for method in METHODS.values():
             print(f"{method.name}: {method.source}; needs {method.needs}")
             for name, default in method.defaults.items():
-                print(f"    {name}: {_help(method.rules[name][0], default)}")
+                print(f"    {name}: {_help(method.rules[name].text, default)}")
         return
     settings = {name: getattr(a, name) for name in METHODS[a.method].defaults}
     shard_bytes = None if a.shard_size is None else int(a.shard_size * 1e9)

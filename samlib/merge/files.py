@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from samlib.merge.method import METHODS, merged_tensor, taus
+from samlib.merge.method import METHODS, added, task_vectors
 from samlib.model.theta import check_fit, check_values
-from samlib.rules import check_settings
+from samlib.rules import check, none, whole
 from samlib.store.files import read_json, unreadable, write_json
+from samlib.store.keys import key
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -29,45 +31,35 @@ INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: {"weight_map"
 class Checkpoint(Mapping[str, Tensor]):
     """A safetensors checkpoint whose tensors are read from the disk when they are asked for, and not kept.
 
+    A file is opened anew for every tensor: while it stays open, all that was read from it stays mapped into memory.
+
     Args:
         path: a file; or a folder that holds model.safetensors, or shards with model.safetensors.index.json.
 
     Attributes:
-        like: name -> tensor without data, of the right shape and dtype.
+        like: name -> tensor without data, of the right shape and dtype; ordered as safetensors does, wide dtypes first.
 
     Raises:
         ValueError: nothing there, a truncated file, or a tensor that is not floating point.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.like: dict[str, Tensor] = {}
-        self._places: dict[str, tuple[Path, int]] = {}  # file, first byte
+        like: dict[str, Tensor] = {}
+        self._places: dict[str, Path] = {}
         for file in _files(path):
-            try:
-                with safe_open(file, "pt"):  # refuses what is truncated or no safetensors
-                    pass
-                with open(file, "rb") as stream:
-                    length = int.from_bytes(stream.read(8), "little")
-                    header = json.loads(stream.read(length))
-            except (SafetensorError, OSError, ValueError) as error:
-                raise unreadable(file) from error
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                if entry["dtype"] not in DTYPES:
-                    raise ValueError(
-                        f"tensor {name!r} of {file} is {entry['dtype']}: only floating point can be merged"
-                    )
-                self.like[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-                self._places[name] = file, 8 + length + entry["data_offsets"][0]
+            with _open(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (no dictionary)
+                    form = tensors.get_slice(name)
+                    code = form.get_dtype()
+                    if code not in DTYPES:
+                        raise ValueError(f"tensor {name!r} of {file} is {code}: only floating point can be merged")
+                    like[name] = torch.empty(form.get_shape(), dtype=DTYPES[code], device="meta")
+                    self._places[name] = file
+        self.like = dict(sorted(like.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
     def __getitem__(self, name: str) -> Tensor:
-        like, (file, offset) = self.like[name], self._places[name]
-        count = like.numel() * like.element_size()
-        data = np.fromfile(file, np.uint8, count, offset=offset)
-        if len(data) < count:
-            raise unreadable(file)
-        return torch.from_numpy(data).view(like.dtype).view(like.shape)
+        with _open(self._places[name]) as tensors:
+            return tensors.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)
@@ -107,40 +99,32 @@ def merge_files(
             together, a value that is not finite, or a disk without room.
     """
     settings = _complete(method, settings)
+    check("merge_files", {"shard_bytes": whole(1) | none}, {"shard_bytes": shard_bytes})
     if out.exists():
         raise ValueError(f"{out} exists: give another name, or delete it")
-    if shard_bytes is not None and shard_bytes < 1:
-        raise ValueError(f"shard_bytes must be an integer >= 1 or None, not {shard_bytes}")
     theta_0, thetas = Checkpoint(base), [Checkpoint(model) for model in models]
     labels = [str(base), *map(str, models)]
     check_fit([theta_0.like, *(theta.like for theta in thetas)], labels)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    request = {"method": method, "settings": settings, "base": _facts(base), "models": [_facts(m) for m in models]}
-    scratch = out.with_name(f".{out.name}.partial")
-    if not _same_request(scratch / "request.json", request | {"shard_bytes": shard_bytes}):
-        shutil.rmtree(scratch, ignore_errors=True)
-        write_json(scratch / "request.json", request | {"shard_bytes": shard_bytes})
-    shards = _shards(theta_0.like, shard_bytes)
-    needed = sum(_size(w) for w in theta_0.like.values()) - sum(f.stat().st_size for f in scratch.glob("*.safetensors"))
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        shutil.rmtree(scratch)
-        raise ValueError(f"{out} needs {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free there")
     plan = METHODS[method].plan
     assert plan is not None
+    shards = _shards(theta_0.like, shard_bytes)
+    metadata = {"format": "pt", "samlib": json.dumps({"method": method, "settings": settings})}
+    scratch = _scratch(out, [metadata, shard_bytes, *map(_facts, (base, *models))])
     try:
+        needed = sum(map(_size, theta_0.like.values())) - sum(file.stat().st_size for file in scratch.iterdir())
+        free = shutil.disk_usage(scratch).free
+        if needed > free:
+            raise ValueError(f"{out} needs {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free there")
         combine = plan(theta_0, thetas, **settings)
         with tqdm(total=len(theta_0), desc=f"merging by {method}", unit="tensor", disable=not show) as bar:
             for file, names in shards.items():
-                metadata = {"format": "pt", "samlib": json.dumps({"method": method, "settings": settings})}
                 with _Writer(scratch / file, {name: theta_0.like[name] for name in names}, metadata) as writer:
                     bar.update(writer.done)
                     for name in names[writer.done :]:
-                        w, vectors = theta_0[name], taus(theta_0, thetas, name)
-                        check_values([{name: one} for one in (w, *vectors)], labels)
-                        writer.write(merged_tensor(name, w, vectors, combine))
+                        w, taus = theta_0[name], task_vectors(theta_0, thetas, name)
+                        check_values([{name: one} for one in (w, *taus)], labels)
+                        writer.write(added(w, combine(name, taus)))
                         bar.update()
-        (scratch / "request.json").unlink()
         if shard_bytes is None:
             os.replace(scratch / next(iter(shards)), out)
             scratch.rmdir()
@@ -148,35 +132,34 @@ def merge_files(
             weight_map = {name: file for file, names in shards.items() for name in names}
             write_json(scratch / INDEX, {"metadata": {}, "weight_map": weight_map})
             os.replace(scratch, out)
-    except OSError as error:
+    except Exception as error:  # who stops it by hand keeps what is there
         shutil.rmtree(scratch, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise ValueError(f"the disk is full: {out} was not written") from error
-        raise
-    except Exception:
-        shutil.rmtree(scratch, ignore_errors=True)
         raise
     return out
 
 
 class _Writer:
-    """A safetensors file that grows tensor by tensor; `done` tensors are there already."""
+    """A safetensors file that grows tensor by tensor, of which `done` are there already.
+
+    `save_file` wants all of them at once, in memory, and cannot go on with a file that was begun.
+    """
 
     def __init__(self, path: Path, like: dict[str, Tensor], metadata: dict[str, str]) -> None:
         entries: dict[str, Any] = {"__metadata__": metadata}
-        end, ends = 0, []
+        ends = [0]
         for name, w in like.items():
-            entries[name] = {"dtype": CODES[w.dtype], "shape": list(w.shape), "data_offsets": [end, end + _size(w)]}
-            end += _size(w)
-            ends.append(end)
+            ends.append(ends[-1] + _size(w))
+            entries[name] = {"dtype": CODES[w.dtype], "shape": list(w.shape), "data_offsets": ends[-2:]}
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)
         header = len(text).to_bytes(8, "little") + text
         size = path.stat().st_size - len(header) if path.exists() else -1
-        self.done = sum(end <= size for end in ends)
+        self.done = sum(end <= size for end in ends[1:])
         self.stream = open(path, "r+b" if size >= 0 else "wb")  # noqa: SIM115  (closed by __exit__)
         self.stream.write(header)
-        self.stream.seek(len(header) + ([0, *ends][self.done]))
+        self.stream.seek(len(header) + ends[self.done])
         self.stream.truncate()
 
     def write(self, w: Tensor) -> None:
@@ -199,9 +182,28 @@ def _complete(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     for name in settings:
         if name not in known:
             raise ValueError(f"{method} has no setting {name!r}, only {', '.join(known) or 'none'}")
-    settings = known | settings
-    check_settings(method, METHODS[method].rules, settings)
-    return settings
+    check(method, METHODS[method].rules, known | settings)
+    return known | settings
+
+
+def _scratch(out: Path, request: list[Any]) -> Path:
+    """The folder beside `out` for what this very request has written so far; those of other requests are removed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.{key(request)}.partial")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 32}.partial"):
+        if left != scratch:
+            shutil.rmtree(left)
+    scratch.mkdir(exist_ok=True)
+    return scratch
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as tensors:  # refuses what is truncated or no safetensors
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file) from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -220,13 +222,6 @@ def _facts(path: Path) -> list[Any]:
     return [str(path.resolve()), [[f.stat().st_size, f.stat().st_mtime_ns] for f in _files(path)]]
 
 
-def _same_request(file: Path, request: dict[str, Any]) -> bool:
-    try:
-        return bool(read_json(file) == json.loads(json.dumps(request)))
-    except (OSError, ValueError):
-        return False
-
-
 def _shards(like: dict[str, Tensor], shard_bytes: int | None) -> dict[str, list[str]]:
     """File -> names of its tensors."""
     groups: list[list[str]] = [[]]
@@ -241,4 +236,4 @@ def _shards(like: dict[str, Tensor], shard_bytes: int | None) -> dict[str, list[
 
 
 def _size(w: Tensor) -> int:
-    return w.numel() * w.element_size()
+    return w.numel() * w.itemsize

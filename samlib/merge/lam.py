@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from samlib.model.theta import Theta
 
-if TYPE_CHECKING:  # samlib.tasks is slow to import, and `python -m samlib.merge` has no use for it
+if TYPE_CHECKING:
     from samlib.data.tasks import Split
-
 
 BATCH = 100  # images in one forward pass: their activations fit a processor's cache
 
@@ -54,7 +52,8 @@ def accuracy_curve(
             f"accuracy_curve needs at least one lam and one head for each split, and has {len(grid)} values of lam, "
             f"{len(splits)} splits and {len(heads)} heads"
         )
-    encoder.eval()
+    from samlib.model.evaluate import logits  # reads images, for which `python -m samlib.merge` has no use
+
     device = heads[0].device
     start = {name: w.to(device) for name, w in theta_0.items()}
     direction = {name: theta_1[name].to(device) - w for name, w in start.items()}
@@ -64,8 +63,7 @@ def accuracy_curve(
         for name, w in start.items():
             torch.add(w, direction[name], alpha=lam, out=model[name])
         for t, (split, head) in enumerate(zip(splits, heads, strict=True)):
-            parts = (part.to(device) for part in split.images.split(BATCH))
-            predicted = torch.cat([(functional_call(encoder, model, (part,)) @ head.T).argmax(1) for part in parts])
+            predicted = logits(encoder, model, split.images, head, BATCH).argmax(1)
             curve[i, t] = (predicted.cpu() == split.labels.cpu()).double().mean()
     return curve
 

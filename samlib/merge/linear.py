@@ -3,133 +3,73 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from samlib.merge.method import METHODS, Combine, data_free
-from samlib.merge.method import taus as task_vectors
+from samlib.merge.method import LAM, METHODS, Combine, per_tensor, planned, task_vectors
 from samlib.model.theta import Weights, wide
 from samlib.rules import choice, number, whole
 
-LAM = number(-math.inf)
 TINY = 1e-30  # a squared length below which a task did not move a tensor
 
 
-@data_free("Wortsman et al. 2022, section 2 (uniform soup)")
-def average(theta_0: Weights, thetas: Sequence[Weights]) -> Combine:
-    """Weight averaging: (1/T) sum_t theta_t, as theta_0 + (1/T) sum_t tau_t.
-
-    Args:
-        theta_0: pre-trained weights.
-        thetas: T >= 1 fine-tuned weights.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: empty list, names, shapes or dtypes differ, or a value is not finite.
-
-    Source: Wortsman et al. 2022, section 2 (uniform soup).
-    Taught in: 05_merging.
-    """
-    return lambda name, taus: taus.mean(0)
+@per_tensor("Wortsman et al. 2022, section 2 (uniform soup)")
+def average(taus: Tensor) -> Tensor:
+    """Weight averaging: (1/T) sum_t theta_t, as theta_0 + (1/T) sum_t tau_t."""
+    return taus.mean(0)
 
 
-@data_free("Ilharco et al. 2023, section 4", lam=LAM)
-def task_arithmetic(theta_0: Weights, thetas: Sequence[Weights], lam: float = 0.3) -> Combine:
+@per_tensor("Ilharco et al. 2023, section 4", lam=LAM)
+def task_arithmetic(taus: Tensor, lam: float = 0.3) -> Tensor:
     """theta_0 + lam sum_t tau_t.
 
     Args:
-        theta_0, thetas: as for `average`.
         lam: merging coefficient, any finite number; 1/T gives the average.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: lam not finite, or as for `average`.
-
-    Source: Ilharco et al. 2023, section 4.
-    Taught in: 05_merging.
     """
-    return lambda name, taus: taus.sum(0).mul_(lam)
+    return lam * taus.sum(0)
 
 
-@data_free("Jang et al. 2024 (layer-wise ratio)", lam=LAM)
-def model_stock(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Combine:
+@per_tensor("Jang et al. 2024 (layer-wise ratio)", lam=LAM)
+def model_stock(taus: Tensor, lam: float = 1.0) -> Tensor:
     """Model Stock: the average, pulled back towards theta_0 the more, the less the task vectors agree.
 
-    Per tensor t = T c / (1 + (T - 1) c), where c is the mean cosine between two task vectors, and the merged task
-    vector is lam t (1/T) sum_t tau_t. Where 1 + (T - 1) c vanishes, the tensor stays at theta_0. It is made for models
-    that agree: where c is negative the factor is, too, and is not bounded.
+    Per tensor t = T c / (1 + (T - 1) c), where c is the mean cosine between two task vectors, T >= 2, and the merged
+    task vector is lam t (1/T) sum_t tau_t. Where 1 + (T - 1) c vanishes, the tensor stays at theta_0. It is made for
+    models that agree: where c is negative the factor is, too, and is not bounded.
 
     Args:
-        theta_0, thetas: as for `average`, T >= 2.
         lam: extra factor, any finite number; the method itself has 1.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: T < 2, or as for `task_arithmetic`.
-
-    Source: Jang et al. 2024 (layer-wise ratio).
-    Taught in: 05_merging.
     """
-    T = len(thetas)
+    T = len(taus)
     if T < 2:
         raise ValueError("model_stock needs at least two fine-tuned models: it measures the angle between them")
-
-    def combine(name: str, taus: Tensor) -> Tensor:
-        flat = taus.reshape(T, -1)  # (T, n)
-        gram = (flat @ flat.T).double()
-        cosines = []
-        for i, j in combinations(range(T), 2):
-            cosines.append(gram[i, j] / (gram[i, i] * gram[j, j]).sqrt().clamp(min=TINY))
-        c = torch.stack(cosines).mean().clamp(-1, 1).item()
-        floor = 1 + (T - 1) * c
-        return taus.mean(0).mul_(lam * T * c / floor if abs(floor) > 1e-6 else 0.0)
-
-    return combine
+    flat = taus.reshape(T, -1)  # (T, n)
+    gram = (flat @ flat.T).double()
+    i, j = torch.triu_indices(T, T, 1)
+    c = (gram[i, j] / (gram[i, i] * gram[j, j]).sqrt().clamp(min=TINY)).mean().clamp(-1, 1).item()
+    floor = 1 + (T - 1) * c
+    return taus.mean(0) * (lam * T * c / floor if abs(floor) > 1e-6 else 0.0)
 
 
-@data_free("Wang et al. 2024 (TALL-masks, consensus)", lam=LAM, mask_lam=number(0), agree=whole(1))
-def consensus(
-    theta_0: Weights, thetas: Sequence[Weights], lam: float = 0.3, mask_lam: float = 0.4, agree: int = 2
-) -> Combine:
+@per_tensor("Wang et al. 2024 (TALL-masks, consensus)", lam=LAM, mask_lam=number(0), agree=whole(1))
+def consensus(taus: Tensor, lam: float = 0.3, mask_lam: float = 0.4, agree: int = 2) -> Tensor:
     """Consensus task arithmetic: keep the entries of sum_t tau_t that at least `agree` tasks need.
 
     Task t needs an entry where |tau_t| >= mask_lam |sum_s tau_s - tau_t|.
 
     Args:
-        theta_0, thetas: as for `average`.
         lam: coefficient of the masked sum, any finite number.
         mask_lam: how much larger than the rest an entry must be, >= 0 (0.2 to 0.6 in the paper).
         agree: tasks that need an entry for it to stay, >= 1; 1 drops what no task needs; more than T drop everything.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: a setting out of range, or as for `average`.
-
-    Source: Wang et al. 2024 (TALL-masks, consensus).
-    Taught in: 05_merging.
     """
-
-    def combine(name: str, taus: Tensor) -> Tensor:
-        total = taus.sum(0)
-        needs = taus.abs() >= mask_lam * (total - taus).abs()  # (T, *shape)
-        return total * (needs.sum(0) >= agree) * lam
-
-    return combine
+    total = taus.sum(0)
+    needs = taus.abs() >= mask_lam * (total - taus).abs()  # (T, *shape)
+    return lam * (total * (needs.sum(0) >= agree))
 
 
-@data_free(
+@planned(
     "Yu et al. 2024 (DARE)",
     lam=LAM,
     drop=number(0, 1, open_high=True),
@@ -147,27 +87,16 @@ def dare(
     """DARE: drop entries of the task vectors at random, rescale the others by 1 / (1 - drop), and merge.
 
     Args:
-        theta_0, thetas: as for `average`.
         lam: coefficient of the method that merges.
         drop: probability of an entry to be dropped, in [0, 1).
         seed: of the draw, >= 0; it depends on the seed, the task's place and the tensor's name only.
         then: the method that merges: task_arithmetic, ties or consensus, with its defaults. (TIES keeps 20 % of the
             entries; with drop > 0.8 fewer are left, and it only elects and merges.)
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: a setting out of range, or as for `average`.
-
-    Source: Yu et al. 2024 (DARE).
-    Taught in: 05_merging.
     """
     dropped = [Dropped(theta_0, theta, drop, f"{seed}/{t}") for t, theta in enumerate(thetas)]
     plan = METHODS[then].plan
     assert plan is not None
     combine = plan(theta_0, dropped, lam=lam)
-
     return lambda name, taus: combine(name, task_vectors(theta_0, dropped, name))
 
 

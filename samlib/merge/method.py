@@ -1,21 +1,47 @@
-"""What all data-free merging methods share: checks, task vectors, one tensor after the other."""
+"""What all merging methods share: the registry, the checks, and the way of a data-free one from tensor to tensor."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
+from samlib import rules
 from samlib.model.theta import Theta, Weights, check_fit, check_values, wide
-from samlib.rules import Rule, check_settings
+from samlib.rules import Rule
 
 P = ParamSpec("P")
 Combine = Callable[[str, Tensor], Tensor]  # name, task vectors (T, *shape) -> merged task vector (*shape)
+LAM = rules.number()
+DATA_FREE = [
+    inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+    for name, annotation in (("theta_0", "Weights"), ("thetas", "Sequence[Weights]"))
+]
+
+WEIGHTS = """
+    theta_0: pre-trained weights.
+    thetas: T >= 1 fine-tuned weights, with the names, shapes and dtypes of theta_0."""
+IMAGES = f"""
+    encoder: gives the architecture.{WEIGHTS}
+    images: of each task, (N, 3, H, W), N >= 1.
+    heads: of each task, (K, d)."""
+DOC = """{text}
+
+Args:{arguments}
+
+Returns:
+    The merged weights, in the order and dtypes of theta_0.
+
+Raises:
+    ValueError: one of these is out of range, missing or not finite, or they do not fit together.
+
+Source: {source}.
+Taught in: 05_merging."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +53,7 @@ class Method:
         needs: what the method reads beside theta_0 and the fine-tuned weights: "nothing" or "unlabelled images".
         source: paper.
         defaults: hyper-parameter -> value.
-        rules: hyper-parameter -> what it may be, and whether a value is that.
+        rules: hyper-parameter -> what it may be.
         plan: of a data-free method: theta_0, thetas and hyper-parameters -> how to combine one tensor's task vectors.
     """
 
@@ -36,101 +62,94 @@ class Method:
     source: str
     defaults: dict[str, Any]
     rules: dict[str, Rule]
-    plan: Callable[..., Combine] | None = None
+    plan: Callable[..., Combine] | None
 
 
 METHODS: dict[str, Method] = {}
 
 
-def data_free(source: str, **rules: Rule) -> Callable[[Callable[P, Combine]], Callable[P, Theta]]:
-    """Make a public merging function of one that says how to combine the task vectors of one tensor.
+def per_tensor(
+    source: str, **settings: Rule
+) -> Callable[[Callable[Concatenate[Tensor, P], Tensor]], Callable[Concatenate[Weights, Sequence[Weights], P], Theta]]:
+    """Make a merging method of a function that merges the task vectors of one tensor, (T, *shape) -> (*shape).
 
     Args:
         source: paper and place.
-        rules: setting -> what it may be, from `number`, `whole` or `choice`.
+        settings: what each of the function's other arguments may be.
 
     Returns:
-        A decorator. What it makes checks the weights and settings first, and holds the merged model in memory;
-        `samlib.merge.files` runs the same plan from file to file.
+        A decorator. The method takes theta_0 and thetas in place of the task vectors, checks all it is given, and adds
+        theta_0; half precision is merged in fp32. `samlib.merge.files` runs the same function from file to file.
     """
 
-    def decorate(plan: Callable[P, Combine]) -> Callable[P, Theta]:
-        method = _register(plan, "nothing", source, rules)
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Theta]:
+        def plan(theta_0: Weights, thetas: Sequence[Weights], **given: Any) -> Combine:
+            return lambda name, taus: function(taus, **given)
 
-        @functools.wraps(plan)
-        def merge(*args: P.args, **kwargs: P.kwargs) -> Theta:
-            given = _checked(plan, rules, args, kwargs)
-            assert method.plan is not None
-            return dict(merged_tensors(given["theta_0"], given["thetas"], method.plan(*args, **kwargs)))
-
-        return merge
+        return _method(function, source, settings, plan)
 
     return decorate
 
 
-def with_images(source: str, **rules: Rule) -> Callable[[Callable[P, Theta]], Callable[P, Theta]]:
-    """Enter a merging function that looks at images in the registry, and let it check what it is given.
-
-    Args:
-        source, rules: as for `data_free`.
-    """
-
-    def decorate(function: Callable[P, Theta]) -> Callable[P, Theta]:
-        _register(function, "unlabelled images", source, rules)
-
-        @functools.wraps(function)
-        def merge(*args: P.args, **kwargs: P.kwargs) -> Theta:
-            given = _checked(function, rules, args, kwargs)
-            sizes = [len(given[name]) for name in ("thetas", "images", "heads")]
-            if len(set(sizes)) > 1 or not all(map(len, given["images"])):
-                raise ValueError(
-                    f"{function.__name__} needs at least one image and one head for each fine-tuned model, "
-                    f"and has {sizes[0]} models, {sizes[1]} sets of images and {sizes[2]} heads"
-                )
-            return function(*args, **kwargs)
-
-        return merge
-
-    return decorate
+def planned(source: str, **settings: Rule) -> Callable[[Callable[P, Combine]], Callable[P, Theta]]:
+    """As `per_tensor`, of a function that looks at all weights before it says how to merge those of one tensor."""
+    return lambda plan: _method(plan, source, settings, plan)
 
 
-def _register(function: Callable[..., Any], needs: str, source: str, rules: dict[str, Rule]) -> Method:
-    parameters = inspect.signature(function).parameters
-    defaults = {name: parameters[name].default for name in rules}
-    method = Method(function.__name__, needs, source, defaults, rules, function if needs == "nothing" else None)
-    METHODS[method.name] = method
-    return method
+def with_images(source: str, **settings: Rule) -> Callable[[Callable[P, Theta]], Callable[P, Theta]]:
+    """Make a merging method of a function that merges by looking at images; what is checked are its arguments."""
+    return lambda function: _method(function, source, settings, None)
 
 
-def _checked(
-    function: Callable[..., Any], rules: dict[str, Rule], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments by name, once they are known to be right."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    check_settings(function.__name__, rules, given)
-    weights = [given["theta_0"], *given["thetas"]]
-    check_fit(weights)
-    check_values(weights)
-    return given
-
-
-def merged_tensors(theta_0: Weights, thetas: Sequence[Weights], combine: Combine) -> Iterator[tuple[str, Tensor]]:
-    """theta_0 plus the merged task vector, one tensor after the other, in the order and dtypes of theta_0.
-
-    Half-precision weights are combined in fp32.
-    """
-    for name, w in theta_0.items():
-        yield name, merged_tensor(name, w, taus(theta_0, thetas, name), combine)
-
-
-def merged_tensor(name: str, w: Tensor, taus: Tensor, combine: Combine) -> Tensor:
-    """One tensor of theta_0 plus its merged task vector."""
-    return (wide(w) + combine(name, taus)).to(w.dtype)
-
-
-def taus(theta_0: Weights, thetas: Sequence[Weights], name: str) -> Tensor:
-    """The task vectors of one tensor, (T, *shape)."""
+def task_vectors(theta_0: Weights, thetas: Sequence[Weights], name: str) -> Tensor:
+    """Those of one tensor in at least fp32, (T, *shape)."""
     w = wide(theta_0[name])
     return torch.stack([wide(theta[name]) for theta in thetas]).sub_(w)
+
+
+def added(w: Tensor, tau: Tensor) -> Tensor:
+    """A tensor of theta_0 plus its merged task vector, in its dtype."""
+    return (wide(w) + tau).to(w.dtype)
+
+
+def _method(
+    function: Callable[..., Any], source: str, settings: dict[str, Rule], plan: Callable[..., Combine] | None
+) -> Callable[..., Theta]:
+    """What is called: the function with its signature and docstring made whole, its arguments checked."""
+    name, signature = function.__name__, inspect.signature(function)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name in settings]
+    if plan:
+        signature = signature.replace(parameters=[*DATA_FREE, *own], return_annotation="Theta")
+    defaults = {parameter.name: parameter.default for parameter in own}
+    METHODS[name] = Method(name, "nothing" if plan else "unlabelled images", source, defaults, settings, plan)
+
+    @functools.wraps(function)
+    def merge(*args: Any, **kwargs: Any) -> Theta:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        rules.check(name, settings, given)
+        check_fit([given["theta_0"], *given["thetas"]])
+        check_values([given["theta_0"], *given["thetas"]])
+        if plan:
+            return _in_memory(plan, **given)
+        models, images, heads = (len(given[one]) for one in ("thetas", "images", "heads"))
+        if not models == images == heads or not all(map(len, given["images"])):
+            raise ValueError(
+                f"{name} needs at least one image and one head for each fine-tuned model, "
+                f"and has {models} models, {images} sets of images and {heads} heads"
+            )
+        return function(**given)
+
+    text, _, documented = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
+    arguments = f"{WEIGHTS if plan else IMAGES}\n{documented}".rstrip()
+    merge.__doc__ = DOC.format(text=text, arguments=arguments, source=source)
+    types = {"theta_0": Weights, "thetas": Sequence[Weights], "return": Theta}  # not every module knows these names
+    merge.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | types
+    merge.__signature__ = signature  # type: ignore[attr-defined]
+    return merge
+
+
+def _in_memory(plan: Callable[..., Combine], theta_0: Weights, thetas: Sequence[Weights], **settings: Any) -> Theta:
+    combine = plan(theta_0, thetas, **settings)
+    return {name: added(w, combine(name, task_vectors(theta_0, thetas, name))) for name, w in theta_0.items()}

@@ -5,24 +5,15 @@ They treat the matrices (tensors with two dimensions) and average the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from samlib.merge.linear import LAM
-from samlib.merge.method import Combine, data_free
-from samlib.model.theta import Weights
+from samlib.merge.method import LAM, per_tensor
 from samlib.rules import number, whole
 
 
-def _matrices(combine: Callable[[Tensor], Tensor], lam: float) -> Combine:
-    """Combine matrices by a function, average everything else."""
-    return lambda name, taus: lam * (combine(taus) if taus.ndim == 3 else taus.mean(0))
-
-
-@data_free("Gargiulo et al. 2025 (TSV-Merge)", lam=LAM)
-def tsv_m(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Combine:
+@per_tensor("Gargiulo et al. 2025 (TSV-Merge)", lam=LAM)
+def tsv_m(taus: Tensor, lam: float = 1.0) -> Tensor:
     """TSV-M: keep the leading singular triplets of every task, decorrelate them, and add.
 
     Of each task's matrix the first int(r/T) triplets are kept, r = min(rows, columns). The kept left vectors side
@@ -30,57 +21,33 @@ def tsv_m(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Comb
     singular value is zero takes no part. With more tasks than rows or columns nothing is kept of a matrix.
 
     Args:
-        theta_0: pre-trained weights.
-        thetas: T >= 1 fine-tuned weights.
         lam: coefficient of the merged task vector, any finite number; the method itself has 1.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: lam not finite, empty list, names, shapes or dtypes differ, or a value is not finite.
-
-    Source: Gargiulo et al. 2025 (TSV-Merge).
-    Taught in: 05_merging.
     """
-
-    def combine(taus: Tensor) -> Tensor:
-        share = min(taus.shape[1:]) // len(taus)
-        triplets = [_alive(*_svd(tau, share)) for tau in taus]
-        u = torch.cat([u for u, _, _ in triplets], 1)  # (m, T share)
-        s = torch.cat([s for _, s, _ in triplets])
-        vh = torch.cat([vh for _, _, vh in triplets])  # (T share, n)
-        return orthonormal(u) * s @ orthonormal(vh)
-
-    return _matrices(combine, lam)
+    if taus.ndim != 3:
+        return lam * taus.mean(0)
+    share = min(taus.shape[1:]) // len(taus)
+    triplets = [_alive(*_svd(tau, share)) for tau in taus]
+    u = torch.cat([u for u, _, _ in triplets], 1)  # (m, T share)
+    s = torch.cat([s for _, s, _ in triplets])
+    vh = torch.cat([vh for _, _, vh in triplets])  # (T share, n)
+    return lam * (orthonormal(u) * s @ orthonormal(vh))
 
 
-@data_free("Marczak et al. 2025 (Iso-C)", lam=LAM)
-def iso_c(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0) -> Combine:
+@per_tensor("Marczak et al. 2025 (Iso-C)", lam=LAM)
+def iso_c(taus: Tensor, lam: float = 1.0) -> Tensor:
     """Iso-C: the sum of the task matrices with all singular values replaced by their mean.
 
     Args:
-        theta_0, thetas, lam: as for `tsv_m`; the paper chooses lam on validation data.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: as for `tsv_m`.
-
-    Source: Marczak et al. 2025 (Iso-C).
-    Taught in: 05_merging.
+        lam: as for `tsv_m`; the paper chooses lam on validation data.
     """
-
-    def combine(taus: Tensor) -> Tensor:
-        u, s, vh = _svd(taus.sum(0))
-        return s.mean() * (u @ vh)
-
-    return _matrices(combine, lam)
+    if taus.ndim != 3:
+        return lam * taus.mean(0)
+    u, s, vh = _svd(taus.sum(0))
+    return lam * (s.mean() * (u @ vh))
 
 
-@data_free("Marczak et al. 2025 (Iso-CTS)", lam=LAM, common=number(0, 1))
-def iso_cts(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, common: float = 0.8) -> Combine:
+@per_tensor("Marczak et al. 2025 (Iso-CTS)", lam=LAM, common=number(0, 1))
+def iso_cts(taus: Tensor, lam: float = 1.0, common: float = 0.8) -> Tensor:
     """Iso-CTS: Iso-C whose weakest common directions give way to directions of single tasks.
 
     The first `common` share of the singular triplets of the sum spans the common space. Each task adds as many
@@ -89,68 +56,46 @@ def iso_cts(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, commo
     directions, arbitrary ones fill the rest.
 
     Args:
-        theta_0, thetas, lam: as for `tsv_m`.
+        lam: as for `tsv_m`.
         common: share of the common directions, in [0, 1].
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: a setting out of range, or as for `tsv_m`.
-
-    Source: Marczak et al. 2025 (Iso-CTS).
-    Taught in: 05_merging.
     """
-
-    def combine(taus: Tensor) -> Tensor:
-        T, r = len(taus), min(taus.shape[1:])
-        each = round((r - int(r * common)) / T)  # directions of one task
-        each -= each * T > r
-        shared = r - each * T
-        u, s, vh = _svd(taus.sum(0), shared)
-        own = [_svd(tau - u @ (u.T @ tau), each) for tau in taus]
-        u = torch.cat([*(one[0] for one in own), u], 1)
-        s = torch.cat([*(one[1] for one in own), s])
-        vh = torch.cat([*(one[2] for one in own), vh])
-        return s.mean() * (orthonormal(u) @ orthonormal(vh))
-
-    return _matrices(combine, lam)
+    if taus.ndim != 3:
+        return lam * taus.mean(0)
+    T, r = len(taus), min(taus.shape[1:])
+    each = round((r - int(r * common)) / T)  # directions of one task
+    each -= each * T > r
+    shared = r - each * T
+    u, s, vh = _svd(taus.sum(0), shared)
+    own = [_svd(tau - u @ (u.T @ tau), each) for tau in taus]
+    u = torch.cat([*(one[0] for one in own), u], 1)
+    s = torch.cat([*(one[1] for one in own), s])
+    vh = torch.cat([*(one[2] for one in own), vh])
+    return lam * (s.mean() * (orthonormal(u) @ orthonormal(vh)))
 
 
-@data_free("Cheng et al. 2025 (WUDI-Merging)", lam=LAM, steps=whole(0), lr=number(0, open_low=True))
-def wudi(theta_0: Weights, thetas: Sequence[Weights], lam: float = 1.0, steps: int = 300, lr: float = 1e-5) -> Combine:
+@per_tensor("Cheng et al. 2025 (WUDI-Merging)", lam=LAM, steps=whole(0), lr=number(0, open_low=True))
+def wudi(taus: Tensor, lam: float = 1.0, steps: int = 300, lr: float = 1e-5) -> Tensor:
     """WUDI: the merged matrix that disturbs each task least in the row space of its own task matrix.
 
     Minimises sum_t ||(tau - tau_t) tau_t^T||_F^2 / ||tau_t||_F^2 by Adam, from tau = sum_t tau_t.
 
     Args:
-        theta_0, thetas, lam: as for `tsv_m`.
+        lam: as for `tsv_m`.
         steps: of Adam, >= 0.
         lr: of Adam, > 0.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: a setting out of range, or as for `tsv_m`.
-
-    Source: Cheng et al. 2025 (WUDI-Merging).
-    Taught in: 05_merging.
     """
-
-    def combine(taus: Tensor) -> Tensor:
-        weights = taus.square().sum((1, 2), keepdim=True)
-        weights = torch.where(weights > 0, 1 / weights, 0)
-        grams = weights * taus.mT @ taus  # (T, n, n)
-        gram, pull = grams.sum(0), (taus @ grams).sum(0)  # the gradient is 2 (tau gram - pull)
-        tau = taus.sum(0)
-        adam = torch.optim.Adam([tau], lr=lr)
-        for _ in range(steps):
-            tau.grad = 2 * (tau @ gram - pull)
-            adam.step()
-        return tau
-
-    return _matrices(combine, lam)
+    if taus.ndim != 3:
+        return lam * taus.mean(0)
+    weights = taus.square().sum((1, 2), keepdim=True)
+    weights = torch.where(weights > 0, 1 / weights, 0)
+    grams = weights * taus.mT @ taus  # (T, n, n)
+    gram, pull = grams.sum(0), (taus @ grams).sum(0)  # the gradient is 2 (tau gram - pull)
+    tau = taus.sum(0)
+    adam = torch.optim.Adam([tau], lr=lr)
+    for _ in range(steps):
+        tau.grad = 2 * (tau @ gram - pull)
+        adam.step()
+    return lam * tau
 
 
 def _svd(matrix: Tensor, share: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from samlib.merge.linear import LAM
-from samlib.merge.method import Combine, data_free
-from samlib.merge.method import taus as task_vectors
+from samlib.merge.method import LAM, Combine, planned, task_vectors
 from samlib.merge.radix import kth_largest
 from samlib.model.theta import Weights
 from samlib.rules import choice, number
 
+Keep = Callable[[str, Tensor], Tensor]  # name, magnitudes (T, *shape) -> which to keep
 
-@data_free(
+
+@planned(
     "Yadav et al. 2023, algorithm 1",
     lam=LAM,
     density=number(0, 1, open_low=True),
@@ -37,21 +37,10 @@ def ties(
     whose sum is zero stays at theta_0.
 
     Args:
-        theta_0: pre-trained weights.
-        thetas: T >= 1 fine-tuned weights.
         lam: coefficient of the merged task vector, any finite number.
         density: fraction of entries kept, in (0, 1].
         trim: "flat" keeps that share of the whole task vector, "tensor" of each tensor by itself.
         merge: "mean" over the tasks that agree (the paper's disjoint mean), or their "sum".
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: a setting out of range, empty list, mismatched weights, or a value not finite.
-
-    Source: Yadav et al. 2023, algorithm 1.
-    Taught in: 05_merging.
     """
     kept = _keep_flat(theta_0, thetas, density) if trim == "flat" else _keep_per_tensor(density)
 
@@ -63,9 +52,6 @@ def ties(
         return total if merge == "sum" else total / agree.sum(0).clamp(min=1)
 
     return combine
-
-
-Keep = Callable[[str, Tensor], Tensor]  # name, magnitudes (T, *shape) -> which to keep
 
 
 def _keep_per_tensor(density: float) -> Keep:

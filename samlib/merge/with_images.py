@@ -1,11 +1,11 @@
 """Methods that look at images, never at their labels: Fisher, RegMean, AdaMerging, SAM at merge time.
 
 All share one signature: the encoder, theta_0 and the fine-tuned weights, then images and a classification head a task.
+Fisher and RegMean take theta_0 for the checks only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,7 +22,7 @@ from samlib.rules import choice, number, whole
 from samlib.train.sam import SAM
 
 
-@with_images("Matena and Raffel 2022", seed=whole(0), floor=number(0, open_low=True), chunk=whole(1))
+@with_images("Matena and Raffel 2022, eq. 3 and 6", seed=whole(0), floor=number(0, open_low=True), chunk=whole(1))
 def fisher(
     encoder: nn.Module,
     theta_0: Weights,
@@ -39,23 +39,9 @@ def fisher(
     log p(y | x; theta_t), of one image at a time, with y drawn from the model's own prediction.
 
     Args:
-        encoder: gives the architecture.
-        theta_0: pre-trained weights, for the check only.
-        thetas: T >= 1 fine-tuned weights.
-        images: one tensor a task, (N, 3, H, W).
-        heads: one head a task, (K, d).
         seed: of the drawn labels.
         floor: added to every F, > 0, so that entries on which no prediction depends are averaged.
         chunk: images whose gradients are held at once, >= 1.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: a setting out of range, not one set of images and one head a task, or weights that do not fit.
-
-    Source: Matena and Raffel 2022, eq. 3 and 6.
-    Taught in: 05_merging.
     """
     numerator = {name: torch.zeros_like(w) for name, w in theta_0.items()}
     denominator = {name: torch.zeros_like(w) for name, w in theta_0.items()}
@@ -73,8 +59,8 @@ def fisher_information(
     """The diagonal of the Fisher information matrix, one label drawn an image.
 
     Args:
-        encoder, theta, seed, chunk: as for `fisher`.
-        images: (N, 3, H, W).
+        encoder, images, seed, chunk: as for `fisher`, of one task.
+        theta: weights by name.
         head: (K, d).
 
     Returns:
@@ -89,7 +75,8 @@ def fisher_information(
 
     gradients = vmap(grad(log_likelihood), (None, 0, 0))
     total = {name: torch.zeros_like(w) for name, w in theta.items()}
-    for part in (chunk.to(head.device) for chunk in images.split(chunk)):
+    for part in images.split(chunk):
+        part = part.to(head.device)
         with torch.no_grad():
             probabilities = (functional_call(encoder, theta, (part,)) @ head.T).softmax(1)
         labels = torch.multinomial(probabilities.cpu(), 1, generator=draw)[:, 0].to(head.device)
@@ -98,7 +85,7 @@ def fisher_information(
     return {name: value / len(images) for name, value in total.items()}
 
 
-@with_images("Jin et al. 2023", shrink=number(0, 1), batch_size=whole(1))
+@with_images("Jin et al. 2023, section 3", shrink=number(0, 1), batch_size=whole(1))
 @torch.no_grad()
 def regmean(
     encoder: nn.Module,
@@ -113,21 +100,11 @@ def regmean(
 
     For a layer with inputs X_t and weights W_t, sum_t ||X_t W^T - X_t W_t^T||^2 is least at
     W = (sum_t W_t G_t)(sum_t G_t)^-1, with G_t = X_t^T X_t / N whose off-diagonal entries are multiplied by `shrink`.
-    Everything that is not the weight of a linear layer is averaged.
+    Everything that is not the weight of a linear layer is averaged. The heads are not used.
 
     Args:
-        encoder, theta_0, thetas, images, heads: as for `fisher`; the heads are not used.
         shrink: factor of the off-diagonal entries, in [0, 1]; 1 is the exact least-squares solution.
         batch_size: images in one forward pass, >= 1.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: as for `fisher`.
-
-    Source: Jin et al. 2023, section 3.
-    Taught in: 05_merging.
     """
     merged = {name: torch.stack([theta[name] for theta in thetas]).mean(0) for name in theta_0}
     grams = [input_grams(encoder, theta, x, batch_size) for theta, x in zip(thetas, images, strict=True)]
@@ -175,11 +152,11 @@ def input_grams(encoder: nn.Module, theta: Weights, images: Tensor, batch_size: 
 
 
 @with_images(
-    "Yang et al. 2024 (AdaMerging); with rho > 0 also Foret et al. 2021",
+    "Yang et al. 2024, section 3.3 (AdaMerging); with rho > 0 also Foret et al. 2021 (SAM)",
     by_tensor=choice(True, False),
     objective=choice("entropy", "kl"),
     rho=number(0),
-    start=number(-math.inf),
+    start=number(),
     steps=whole(0),
     lr=number(0, open_low=True),
     batch_size=whole(1),
@@ -207,7 +184,6 @@ def adamerging(
     over the coefficients: the weights are merged anew at the perturbed coefficients, for the gradient that updates.
 
     Args:
-        encoder, theta_0, thetas, images, heads: as for `fisher`.
         by_tensor: True for one coefficient a task and tensor, False for one a task.
         objective: "entropy", or "kl" from the fine-tuned models.
         rho: radius of SAM in the space of coefficients, >= 0; 0 for plain Adam.
@@ -216,15 +192,6 @@ def adamerging(
         lr: of Adam, > 0.
         batch_size: images of each task in a step, >= 1.
         seed: of the order of the images.
-
-    Returns:
-        The merged weights.
-
-    Raises:
-        ValueError: as for `fisher`.
-
-    Source: Yang et al. 2024, section 3.3 (AdaMerging); Foret et al. 2021 (SAM).
-    Taught in: 05_merging.
     """
     encoder.eval()
     device, dtype = heads[0].device, heads[0].dtype

@@ -7,39 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-Theta = dict[str, Tensor]  # the weights of a model by name
+Theta = dict[str, Tensor]  # weights by name
+Weights = Mapping[str, Tensor]  # the same, or what reads a tensor from a file when it is asked for
 
 
 def weights_of(encoder: nn.Module) -> Theta:
     """The encoder's parameters as detached copies, by name."""
     return {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
-
-
-def flat(theta: Theta) -> Tensor:
-    """All weights as one vector, float64 (P,), in the order of their names, whatever order the dictionary has."""
-    return torch.cat([theta[name].detach().double().reshape(-1) for name in sorted(theta)])
-
-
-def moved(theta: Theta, step: Tensor) -> Theta:
-    names = sorted(theta)
-    parts = step.split([theta[name].numel() for name in names])
-    return {
-        name: theta[name] + part.view(theta[name].shape).to(theta[name])
-        for name, part in zip(names, parts, strict=True)
-    }
-
-
-def dot(tau_1: Theta, tau_2: Theta) -> float:
-    """The inner product of two sets of weights, name by name, in float64."""
-    return sum(float((tau_1[name].double() * tau_2[name].double()).sum()) for name in tau_1)
-
-
-Weights = Mapping[str, Tensor]  # by name; may read a tensor from a file when it is asked for
-
-
-def wide(w: Tensor) -> Tensor:
-    """The tensor in at least fp32."""
-    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
 
 
 def task_vector(theta_t: Weights, theta_0: Weights) -> Theta:
@@ -63,19 +37,52 @@ def task_vector(theta_t: Weights, theta_0: Weights) -> Theta:
     return {name: theta_t[name] - w for name, w in theta_0.items()}
 
 
+def dot(tau_1: Theta, tau_2: Theta) -> float:
+    """The inner product of two sets of weights, name by name, in float64."""
+    return sum(float((tau_1[name].double() * tau_2[name].double()).sum()) for name in tau_1)
+
+
+def flat(theta: Theta) -> Tensor:
+    """All weights as one vector, float64 (P,), in the order of their names, whatever order the dictionary has."""
+    return torch.cat([theta[name].detach().double().reshape(-1) for name in sorted(theta)])
+
+
+def moved(theta: Theta, step: Tensor) -> Theta:
+    """The weights after a step.
+
+    Args:
+        theta: where it begins.
+        step: (P,), of all weights, ordered as by `flat`.
+
+    Returns:
+        theta + step, in the dtypes of theta and the order of its names.
+    """
+    names = sorted(theta)
+    parts = step.split([theta[name].numel() for name in names])
+    return {
+        name: theta[name] + part.view(theta[name].shape).to(theta[name])
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+def wide(w: Tensor) -> Tensor:
+    """The tensor in at least fp32."""
+    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+
+
 def check_fit(weights: Sequence[Weights], labels: Sequence[str] | None = None) -> None:
     """Refuse an empty list and weights that differ in names, shapes or dtypes.
 
     Args:
         weights: theta_0 first; anything with names, and tensors that have shape and dtype.
-        labels: what to call them in the error, such as their files.
+        labels: what to call them in the error, such as their files; theta_0, thetas[0], ... by default.
 
     Raises:
         ValueError: what differs, and where.
     """
     if len(weights) < 2:
         raise ValueError("the list of weights to merge is empty: give at least one fine-tuned model beside theta_0")
-    labels = labels or ["theta_0", *(f"thetas[{i}]" for i in range(len(weights) - 1))]
+    labels = labels or _labels(weights)
     first = weights[0]
     if not first:
         raise ValueError(f"{labels[0]} holds no tensor")
@@ -95,11 +102,17 @@ def check_fit(weights: Sequence[Weights], labels: Sequence[str] | None = None) -
 def check_values(weights: Sequence[Weights], labels: Sequence[str] | None = None) -> None:
     """Refuse NaN and infinity.
 
+    Args:
+        weights, labels: as for `check_fit`.
+
     Raises:
         ValueError: the tensor and where it is.
     """
-    labels = labels or ["theta_0", *(f"thetas[{i}]" for i in range(len(weights) - 1))]
-    for label, theta in zip(labels, weights, strict=True):
+    for label, theta in zip(labels or _labels(weights), weights, strict=True):
         for name, w in theta.items():
             if not torch.isfinite(w).all():
                 raise ValueError(f"tensor {name!r} of {label} holds NaN or infinity")
+
+
+def _labels(weights: Sequence[Weights]) -> list[str]:
+    return ["theta_0", *(f"thetas[{i}]" for i in range(len(weights) - 1))]

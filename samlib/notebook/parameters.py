@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -17,16 +16,8 @@ from samlib.data import catalogue
 from samlib.data.paper_tasks import HUB
 from samlib.model import registry
 from samlib.notebook.presets import PRESETS, Preset
-from samlib.rules import is_whole
+from samlib.rules import Rule, choice, none, number, whole
 from samlib.train.device import DEVICES
-
-
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: is_whole(value, least)
-
-
-def _number(low: float, high: float = math.inf) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high
 
 
 def listed(value: Any) -> Any:
@@ -57,39 +48,33 @@ def _model(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
 _NAMES = (*catalogue.TASKS, *HUB, "the folders in SAMLIB_DATA")
+_COUNT = whole(1) | none
+_SIZE = number(0) | none
 
-
-# name of a notebook's parameter -> (what is allowed, test); None means the preset's value
-PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "preset": (f"one of {', '.join(PRESETS)}", lambda value: isinstance(value, str) and value in PRESETS),
-    "seed": ("an integer >= 0", _whole(0)),
-    "device": (DEVICES, _device),
-    "tasks": (f"'all' (the preset's) or a list of different names out of {', '.join(_NAMES)}", _tasks),
-    "model": ("None, 'testbed' or such as 'ViT-B-32/openai'", _model),
-    "optimizer": ("adamw, sam or asam", lambda value: value in ("adamw", "sam", "asam")),
-    "steps": ("an integer >= 1 or None", _optional(_whole(1))),
-    "batch_size": ("an integer >= 1 or None", _optional(_whole(1))),
-    "micro_batch": (
-        "an integer >= 1, 'auto' or None",
-        lambda value: value in (None, "auto") or is_whole(value, 1),
-    ),
-    "n_train": ("an integer >= 1 or None", _optional(_whole(1))),
-    "n_eval": ("an integer >= 1 or None", _optional(_whole(1))),
-    "jobs": ("an integer >= 1 or None", _optional(_whole(1))),
-    "label_noise": ("a number in [0, 1) or None", _optional(_number(0, math.nextafter(1, 0)))),
-    "rho": ("a finite number >= 0 or None", _optional(_number(0))),
-    "rho_sam": ("a finite number >= 0 or None", _optional(_number(0))),
-    "rho_asam": ("a finite number >= 0 or None", _optional(_number(0))),
-    "eta": ("a finite number >= 0 or None", _optional(_number(0))),
-    "lr": ("a finite number > 0 or None", _optional(_number(sys.float_info.min))),
-    "lam": ("a finite number or None", _optional(_number(-math.inf))),
-    "precision": ("auto, fp32, bf16 or None", lambda value: value in (None, "auto", "fp32", "bf16")),
-    "density": ("a number in (0, 1] or None", _optional(_number(sys.float_info.min, 1))),
+# of a notebook's parameters; None means the preset's value
+PARAMETERS: dict[str, Rule] = {
+    "preset": choice(*PRESETS),
+    "seed": whole(0),
+    "device": Rule(DEVICES, _device),
+    "tasks": Rule(f"'all' (the preset's) or a list of different names out of {', '.join(_NAMES)}", _tasks),
+    "model": Rule("None, 'testbed' or such as 'ViT-B-32/openai'", _model),
+    "optimizer": choice("adamw", "sam", "asam"),
+    "steps": _COUNT,
+    "batch_size": _COUNT,
+    "micro_batch": whole(1) | choice("auto") | none,
+    "n_train": _COUNT,
+    "n_eval": _COUNT,
+    "jobs": _COUNT,
+    "label_noise": number(0, 1, open_high=True) | none,
+    "rho": _SIZE,
+    "rho_sam": _SIZE,
+    "rho_asam": _SIZE,
+    "eta": _SIZE,
+    "lr": number(0, open_low=True) | none,
+    "lam": number() | none,
+    "precision": choice("auto", "fp32", "bf16") | none,
+    "density": number(0, 1, open_low=True) | none,
 }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from samlib.rules import is_whole as whole
+from samlib.rules import Rule, check, choice, none, number, whole
 
 OPTIMIZERS = ("adamw", "sam", "asam", "rwp")
 AVERAGES = ("none", "ema", "swa")
@@ -13,13 +13,44 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # name 
 SWA_SHARE = 0.25  # of the steps at the end, whose weights SWA averages
 
 
+def _names(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+RULES = {
+    "tasks": Rule("one or more names, such as ('digits',)", _names),
+    "optimizer": choice(*OPTIMIZERS),
+    "steps": whole(1),
+    "rho": number(0),
+    "eta": number(0),
+    "scale_biases": choice(True, False),
+    "every": whole(1),
+    "norms_only": choice(True, False),
+    "lr": number(0, open_low=True),
+    "weight_decay": number(0),
+    "warmup": number(0, 1, open_high=True),
+    "batch_size": whole(1),
+    "micro_batch": whole(1) | none,
+    "shared_climb": choice(True, False),
+    "clip_norm": number(0, open_low=True) | none,
+    "average": choice(*AVERAGES),
+    "decay": number(0, 1, open_low=True, open_high=True),
+    "n_train": whole(1) | none,
+    "label_noise": number(0, 1, open_high=True),
+    "seed": whole(0),
+    "precision": choice(*PRECISIONS),
+    "validate_every": whole(1) | none,
+    "diagnose": choice(True, False),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that decides a fine-tuned model, apart from the pre-trained one.
 
     Args:
-        tasks: names that `tasks.load_task` knows, in most cases one (which may be given as it is); several train one model
-            on all of them, which take turns, a batch of each after the other.
+        tasks: names that `tasks.load_task` knows, in most cases one (which may be given as it is); several train one
+            model on all of them, which take turns, a batch of each after the other.
         optimizer: "adamw", "sam", "asam", or "rwp" (random weight perturbation: SAM that climbs along noise).
         steps: updates, >= 1.
         rho: radius, >= 0; 0 for AdamW.
@@ -82,39 +113,16 @@ class Recipe:
         for name in ("rho", "eta", "lr", "weight_decay", "warmup", "clip_norm", "decay", "label_noise"):
             if type(getattr(self, name)) is int:  # one key for 0 and 0.0
                 object.__setattr__(self, name, float(getattr(self, name)))
-        climbs, is_asam = self.optimizer != "adamw", self.optimizer == "asam"
-        rules = {
-            "tasks": (
-                isinstance(self.tasks, tuple) and len(self.tasks) > 0 and all(isinstance(t, str) for t in self.tasks),
-                "one or more names, such as ('digits',)",
-            ),
-            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            "steps": (whole(self.steps, 1), "an integer >= 1"),
-            "rho": (0 <= self.rho < math.inf if climbs else self.rho == 0, ">= 0, and 0 for adamw"),
-            "eta": (self.eta >= 0 if is_asam else self.eta == 0, ">= 0, and 0 unless the optimizer is asam"),
-            "scale_biases": (self.scale_biases is True or is_asam, "True unless the optimizer is asam"),
-            "every": (whole(self.every, 1) and (climbs or self.every == 1), "an integer >= 1, and 1 for adamw"),
-            "norms_only": (self.norms_only is False or climbs, "False for adamw"),
-            "lr": (self.lr > 0, "> 0"),
-            "weight_decay": (self.weight_decay >= 0, ">= 0"),
-            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
-            "batch_size": (whole(self.batch_size, 1), "an integer >= 1"),
-            "micro_batch": (self.micro_batch is None or whole(self.micro_batch, 1), "an integer >= 1 or None"),
-            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "> 0 or None"),
-            "average": (self.average in AVERAGES, f"one of {', '.join(AVERAGES)}"),
-            "decay": (
-                0 < self.decay < 1 and (self.decay == 0.99 or self.average == "ema"),
-                "in (0, 1), 0.99 unless ema",
-            ),
-            "n_train": (self.n_train is None or whole(self.n_train, 1), "an integer >= 1 or None"),
-            "label_noise": (0 <= self.label_noise < 1, "in [0, 1)"),
-            "seed": (whole(self.seed, 0), "an integer >= 0"),
-            "precision": (self.precision in PRECISIONS, "fp32, bf16 or fp16"),
-            "validate_every": (self.validate_every is None or whole(self.validate_every, 1), "an integer >= 1 or None"),
-        }
-        for name, (holds, allowed) in rules.items():
-            if not holds:
-                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+        rules = dict(RULES)
+        for names, matter, when in (
+            (("rho", "every", "norms_only"), self.optimizer != "adamw", "for adamw"),
+            (("eta", "scale_biases"), self.optimizer == "asam", "unless the optimizer is asam"),
+            (("decay",), self.average == "ema", "unless the average is ema"),
+        ):
+            for name in names if not matter else ():  # a default has one key, whatever has no effect
+                default = choice(getattr(Recipe, name))
+                rules[name] = Rule(f"{default.text} {when}", default.holds)
+        check("recipe", rules, vars(self))
 
     @property
     def task(self) -> str:

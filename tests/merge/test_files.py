@@ -69,6 +69,24 @@ def test_shards_hold_the_same_and_can_be_merged_again(models: tuple[Path, list[P
         torch.testing.assert_close(w, whole[name])
 
 
+def test_shards_of_several_dtypes_become_a_file_in_which_every_tensor_is_aligned(tmp_path: Path) -> None:
+    """A tensor of three half-precision numbers may not come before one in fp32."""
+    parts = (
+        {"b": torch.ones(3).half(), "d": torch.ones(2)},
+        {"a": torch.ones(5).bfloat16(), "c": torch.ones(2).double()},
+    )
+    for i, part in enumerate(parts):
+        save_file(part, tmp_path / f"{i}.safetensors")
+    places = {name: f"{i}.safetensors" for i, part in enumerate(parts) for name in part}
+    (tmp_path / files.INDEX).write_text(json.dumps({"weight_map": places}))
+    out = merge_files("average", tmp_path, [tmp_path], tmp_path / "out", show=False)
+    assert same(load_file(out), parts[0] | parts[1])
+    data = out.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    for name, w in (parts[0] | parts[1]).items():
+        assert header[name]["data_offsets"][0] % w.itemsize == 0
+
+
 @pytest.mark.parametrize("shard_bytes", [None, 400])
 @pytest.mark.parametrize("torn", [b"", b"half a tensor"])
 def test_a_stopped_merge_goes_on_behind_its_last_tensor(
@@ -82,7 +100,7 @@ def test_a_stopped_merge_goes_on_behind_its_last_tensor(
     out = tmp_path / "out"
     expected = dict(Checkpoint(merge_files("tsv_m", base, ends, tmp_path / "whole", shard_bytes, show=False)))
     seen: list[str] = []
-    task_vectors = method.taus
+    task_vectors = method.task_vectors
 
     def stopping(theta_0: Any, thetas: Any, name: str) -> Tensor:
         if len(seen) == 3:
@@ -90,15 +108,15 @@ def test_a_stopped_merge_goes_on_behind_its_last_tensor(
         seen.append(name)
         return task_vectors(theta_0, thetas, name)
 
-    monkeypatch.setattr(files, "taus", stopping)
+    monkeypatch.setattr(files, "task_vectors", stopping)
     with pytest.raises(KeyboardInterrupt):
         merge_files("tsv_m", base, ends, out, shard_bytes, show=False)
     assert not out.exists()
-    last = max((tmp_path / ".out.partial").glob("*.safetensors"))
+    last = max(tmp_path.glob(".out.*.partial/*.safetensors"))
     with open(last, "ab") as stream:
         stream.write(torn)
     seen.append("")
-    monkeypatch.setattr(files, "taus", lambda *a: [seen.append(a[2]), task_vectors(*a)][1])
+    monkeypatch.setattr(files, "task_vectors", lambda *a: [seen.append(a[2]), task_vectors(*a)][1])
     merge_files("tsv_m", base, ends, out, shard_bytes, show=False)
     assert sorted(set(seen)) == sorted(["", *SHAPES]) and len(seen) == len(SHAPES) + 1  # no tensor twice
     assert same(dict(Checkpoint(out)), expected)
@@ -146,7 +164,7 @@ def test_bad_input_is_named_before_or_instead_of_the_output(models: tuple[Path, 
         ({"method": "fisher"}, "method must be one of .*, which need nothing but weights, not 'fisher'"),
         ({"method": "average", "lam": 1.0}, "average has no setting 'lam', only none"),
         ({"method": "ties", "density": 2.0}, r"ties: density must be a number in \(0, 1\]"),
-        ({"method": "average", "shard_bytes": 0}, "shard_bytes must be"),
+        ({"method": "average", "shard_bytes": 0}, "shard_bytes must be an integer >= 1 or None, not 0"),
     ):
         with pytest.raises(ValueError, match=message):
             merge_files(base=base, models=ends, out=out, show=False, **arguments)  # type: ignore[arg-type]

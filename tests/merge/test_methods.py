@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import re
+import typing
 from typing import Any
 
 import pytest
@@ -153,6 +156,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_a_method_is_documented_by_all_its_arguments() -> None:
+    """Also those that its decorator gives it, in the order in which they are taken."""
+    for method in METHODS.values():
+        function = getattr(samlib.merge, method.name)
+        signature = inspect.signature(function)
+        assert re.findall(r"^    (\w+): ", function.__doc__.split("Args:\n")[1].split("\n\n")[0], re.M) == [
+            *signature.parameters
+        ]
+        assert {name: signature.parameters[name].default for name in method.rules} == method.defaults
+        assert typing.get_type_hints(function).keys() == {*signature.parameters, "return"}
+        assert f"Source: {method.source}.\nTaught in: 05_merging." in function.__doc__
+    theta_0, theta_1 = theta(1, 1, 1, 1, 1, 1), theta(2, 0, 3, 1, 1, 1)
+    assert flat(task_arithmetic(thetas=[theta_1], theta_0=theta_0, lam=0.5)) == [1.5, 0.5, 2, 1, 1, 1]  # type: ignore
+
+
 def test_the_registry_is_complete() -> None:
     assert set(FREE) == {
         *("average", "task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts", "wudi"),
@@ -269,7 +287,7 @@ def test_bad_arguments_are_named() -> None:
     for lam in (float("nan"), float("inf"), "0.3", True):
         with pytest.raises(ValueError, match="task_arithmetic: lam must be a finite number"):
             task_arithmetic(zero, [zero], lam)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="trim must be flat or tensor, not 'none'"):
+    with pytest.raises(ValueError, match="trim must be one of flat, tensor, not 'none'"):
         ties(zero, [zero], trim="none")
     with pytest.raises(ValueError, match="at least two"):
         model_stock(zero, [zero])
@@ -286,7 +304,7 @@ def test_methods_with_images_want_as_many_images_and_heads_as_models(tiny: Any) 
             method(tiny.encoder, theta_0, [theta_0] * 2, [image], [head] * 2)
         with pytest.raises(ValueError, match="at least one image"):
             method(tiny.encoder, theta_0, [theta_0], [image[:0]], [head])
-    with pytest.raises(ValueError, match="adamerging: objective must be entropy or kl"):
+    with pytest.raises(ValueError, match="adamerging: objective must be one of entropy, kl, not 'loss'"):
         samlib.merge.adamerging(tiny.encoder, theta_0, [theta_0], [image], [head], objective="loss")
 
 
