@@ -1,6 +1,6 @@
 from .hessian import quadratic_form, spectral_density, top_eigenvalues, trace
 from .interference import cosine, cross_task_linearity, effective_rank, normalised_accuracy, sign_conflict, xi
-from .intervals import bootstrap, interval, paired_interval
+from .intervals import bootstrap, estimate, paired
 from .landscape import above_chord, linearity_bound, losses_on_line, losses_on_plane, plane, random_directions
 from .taylor import gradient, taylor_terms
 
@@ -11,12 +11,12 @@ __all__ = [
     "cross_task_linearity",
     "effective_rank",
     "gradient",
-    "interval",
+    "estimate",
     "linearity_bound",
     "losses_on_line",
     "losses_on_plane",
     "normalised_accuracy",
-    "paired_interval",
+    "paired",
     "plane",
     "quadratic_form",
     "random_directions",
