@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from samlib.model import clip, registry
 from samlib.model.clip import Clip
-from samlib.train import sam
+from samlib.train.beside import alone
 from samlib.train.recipe import PRECISIONS, Recipe
+from samlib.train.sam import SAM
 
 FLOAT = 4  # bytes: weights, gradients and moments are fp32 whatever the precision of the forward pass
 SHARE = 0.85  # of the free memory that a run may take
@@ -92,22 +93,20 @@ def size(model: str) -> Size:
             whole = open_clip.create_model(registry.parts(model)[0], device="meta")
         logging.disable(logging.NOTSET)
     visual = whole.visual.train()
-    own = {p.untyped_storage()._cdata for p in visual.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors, too, or a later one could have the same address
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage()._cdata not in own:
-            kept[x.untyped_storage()._cdata] = x
+        kept[x.untyped_storage()._cdata] = x
         return x
 
     n = 8  # images, so that what a batch keeps once hardly counts
-    pixels = torch.empty(n, 3, side, side, device="meta")
     with saved_tensors_hooks(keep, lambda x: x), FlopCounterMode(display=False) as counter:
-        visual(pixels)
+        visual(torch.empty(n, 3, side, side, device="meta"))
+    own = {p.untyped_storage()._cdata for p in visual.parameters()}
     return Size(
         encoder=sum(p.numel() for p in visual.parameters()),
         whole=sum(p.numel() for p in whole.parameters()),
-        activations=sum(x.untyped_storage().nbytes() for x in kept.values()) // n,
+        activations=sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own) // n,
         flops=counter.get_total_flops() // n,
         pixels=3 * side * side,
     )
@@ -116,7 +115,7 @@ def size(model: str) -> Size:
 def memory(model: str, recipe: Recipe) -> dict[str, int]:
     """Bytes on the device while a recipe is trained, item by item; their sum is the peak.
 
-    Beside them a GPU holds the training images, as long as those of a task take less than `finetune.RESIDENT`.
+    Beside them a GPU holds the training images, as long as those of a task take less than `loop.RESIDENT`.
 
     Args:
         model: as `clip.load_clip` knows it.
@@ -144,6 +143,11 @@ def memory(model: str, recipe: Recipe) -> dict[str, int]:
     }
 
 
+def peak(model: str, recipe: Recipe) -> int:
+    """Bytes on the device at most: the sum of `memory`."""
+    return sum(memory(model, recipe).values())
+
+
 def micro_batch(model: str, batch_size: int, device: str | torch.device, precision: str = "fp32") -> int:
     """The most images that fit into the free memory with SAM, a batch halved as often as needed.
 
@@ -159,16 +163,12 @@ def micro_batch(model: str, batch_size: int, device: str | torch.device, precisi
     Taught in: 04_fine_tuning.
     """
     free, images = SHARE * free_memory(device), batch_size
-    while True:
-        recipe = Recipe(
-            ("",), "sam", 1, 1.0, batch_size=batch_size, micro_batch=images, shared_climb=True, precision=precision
-        )
-        needed = sum(memory(model, recipe).values())
-        if needed <= free:
-            return images
+    asked = Recipe(("",), "sam", 1, 1.0, batch_size=batch_size, shared_climb=True, precision=precision)
+    while (needed := peak(model, replace(asked, micro_batch=images))) > free:
         if images == 1:
             raise MemoryError(f"{model} needs {needed / 1e9:.1f} GB to be trained, {free / 1e9:.1f} GB are free")
         images = -(-images // 2)
+    return images
 
 
 def processes(model: str, recipes: Sequence[Recipe]) -> int:
@@ -178,8 +178,8 @@ def processes(model: str, recipes: Sequence[Recipe]) -> int:
         model: as `clip.load_clip` knows it.
         recipes: what they train, one after the other; the largest counts.
     """
-    largest = max(sum(memory(model, recipe).values()) for recipe in recipes)
-    return max(1, int(SHARE * free_memory("cpu") // (PROCESS + largest)))
+    largest = PROCESS + max(peak(model, recipe) for recipe in recipes)
+    return max(1, int(SHARE * free_memory("cpu") // largest))
 
 
 def free_memory(device: str | torch.device) -> int:
@@ -233,46 +233,38 @@ def pace(clip: Clip, device: str | torch.device, images: int, precision: str = "
     Taught in: 04_fine_tuning.
     """
     device = torch.device(device)
-    threads = torch.get_num_threads()
     images = min(images, 8) if device.type == "cpu" else images
-    x = torch.rand(images, 3, clip.size, clip.size, device=device)
+    dtype = getattr(torch, PRECISIONS[precision])
 
-    def best(step: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(rounds + 1):
+    def fastest(step: Callable[[], object]) -> float:
+        taken: list[float] = []
+        while len(taken) <= rounds and not (len(taken) == 2 and taken[0] > 1):
             begun = time.perf_counter()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - begun)
-            if len(seconds) == 2 and seconds[0] > 1:
-                break
-        return min(seconds[1:])
+            taken.append(time.perf_counter() - begun)
+        return min(taken[1:])
 
     def timed(rho: float, adaptive: bool = False) -> tuple[float, float]:
         """Seconds of a step, and of its gradient alone."""
         encoder = copy.deepcopy(clip.encoder).train().requires_grad_(True)
-        base = torch.optim.AdamW(encoder.parameters(), 0.0, fused=True)
-        optimizer = sam.SAM(base, rho, adaptive, clip_norm=1.0)
+        optimizer = SAM(torch.optim.AdamW(encoder.parameters(), 0.0, fused=True), rho, adaptive, clip_norm=1.0)
 
         def gradient() -> torch.Tensor:
-            with torch.autocast(device.type, getattr(torch, PRECISIONS[precision]), enabled=precision != "fp32"):
+            with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
                 loss = encoder(x).float().square().sum()
             loss.backward()
             return loss
 
-        step = best(lambda: optimizer.step(gradient))
-        return step, best(gradient)
+        return fastest(lambda: optimizer.step(gradient)), fastest(gradient)
 
-    if device.type == "cpu":  # one thread a process, as in fine-tuning
-        torch.set_num_threads(1)
-    try:
+    with alone(device):  # one thread a process, as in fine-tuning
+        x = torch.rand(images, 3, clip.size, clip.size, device=device)
         steps = [timed(0.0), timed(1e-3), timed(1e-3, True)]
-    finally:
-        torch.set_num_threads(threads)
-    alone = min(gradient for _, gradient in steps)
-    beside = [max(0.0, step - passes * alone) for (step, _), passes in zip(steps, (1, 2, 2), strict=True)]
-    return Pace(images, alone, *beside)
+    once = min(gradient for _, gradient in steps)
+    beside = [max(0.0, step - passes * once) for (step, _), passes in zip(steps, (1, 2, 2), strict=True)]
+    return Pace(images, once, *beside)
 
 
 def seconds(pace: Pace, recipe: Recipe) -> float:
@@ -309,7 +301,7 @@ def table(clip: Clip, device: str | torch.device, arms: dict[str, Sequence[Recip
             "models": len(recipes),
             "gradients": sum(r.gradients for r in recipes),
             "hours": sum(seconds(measured, r) for r in recipes) / 3600,
-            "memory (GB)": max(sum(memory(clip.name, r).values()) for r in recipes) / 1e9,
+            "memory (GB)": max(peak(clip.name, r) for r in recipes) / 1e9,
             "disk (GB)": stored * sum(1 + bool(r.validate_every) for r in recipes),
         }
         for arm, recipes in arms.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,22 +26,22 @@ class SAM:
     With rho = 0 there is no second pass and the step is the base optimiser's, bit for bit.
 
     Args:
-        base: optimiser over float32 or float64 parameters. Autocast to bf16 keeps them so, but rounds w + eps in
-            the forward pass: a small rho needs full precision.
-        rho: radius of the ball, in the weights' L2 norm (SAM) or relative norm (ASAM), >= 0; or a function
-            from the number of steps done to the radius.
-        adaptive: True for ASAM, which scales every parameter by |w| + eta.
-        eta: floor of that scale, >= 0 (0.01 in Kwon et al., 0 in the merging paper).
-        scale_biases: False leaves biases and norm layers (parameters with at most one dimension) out of ASAM's scaling,
-            T = 1, as Kwon et al. do; True scales everything, as the merging paper's code does.
+        base: optimiser over float32 or float64 parameters. Autocast to bf16 keeps them so, but rounds w + eps in the
+            forward pass: a small rho needs full precision.
+        rho: radius of the ball, in the weights' L2 norm (SAM) or relative norm (ASAM), >= 0; or a function from the
+            number of steps done to the radius.
+        adaptive: True for ASAM.
+        eta: floor of T, >= 0 (0.01 in Kwon et al., 0 in the merging paper).
+        scale_biases: False leaves T = 1 for biases and norm layers (parameters with at most one dimension), as Kwon et
+            al. do; True scales everything, as the merging paper's code does.
         every: climb in every k-th step only, >= 1; the steps between are the base optimiser's. Costs 1 + 1/k
             gradients a step.
         only: the parameters that climb, None for all; `norm_parameters` gives those of the norm layers.
         clip_norm: largest L2 norm of the update gradient; the first gradient is never clipped.
         scaler: for fp16 autocast; the closure then scales its loss before backward().
-        model: what the closure runs. Needed for batch normalisation, whose running statistics stand still in the
-            second pass, and for distributed data parallelism, which averages gradients in the second pass only
-            and agrees on whether they are finite.
+        model: what the closure runs. Needed for batch normalisation, whose running statistics stand still in the second
+            pass, and for distributed data parallelism, which averages gradients in the second pass only and agrees on
+            whether they are finite.
         synchronise: average the first gradient over the processes, too. By default each process climbs along its own,
             the m-sharpness of Foret et al.
         noise: climb along Gaussian noise in place of g: random weight perturbation, the control that asks whether the
@@ -53,14 +53,12 @@ class SAM:
         last: scalar tensors of the last step: `loss` (at w), `loss_perturbed` (at w + eps, or at w where there was no
             climb), `grad_norm` (||g|| at w); on request `cosine` (between g and the gradient at w + eps, 0 if one of
             them is; with data parallelism between the process's own g and the averaged gradient at w + eps) and
-            `eps_norm` (||eps||). With several climbs a step, the first three are summed and the others averaged:
-            since each closure divides by n, all are means over the micro-batches.
-        steps: steps done.
-        skipped: steps without an update, because a gradient was not finite.
+            `eps_norm` (||eps||). Of several climbs a step the first three are summed, and so are means over the
+            micro-batches since each closure divides by n; the others are averaged.
+        steps, skipped: steps done, and those among them without an update, because a gradient was not finite.
 
     Raises:
-        ValueError: rho, eta, every or clip_norm out of range, no parameter that trains, or parameters on several
-            devices.
+        ValueError: rho, eta, every or clip_norm out of range, no parameter that trains, or several devices.
         TypeError: a parameter in reduced precision, where most of eps would be rounded away.
 
     Source: Foret et al. 2021, eq. 2-3 (SAM); Kwon et al. 2021, section 3 (ASAM).
@@ -85,8 +83,6 @@ class SAM:
         same_noise: bool = False,
         diagnose: bool = False,
     ) -> None:
-        if not callable(rho):
-            _check_radius(rho)
         if not (eta >= 0 and math.isfinite(eta)):
             raise ValueError(f"eta must be a finite number >= 0, not {eta}")
         if type(every) is not int or every < 1:
@@ -94,13 +90,16 @@ class SAM:
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be None or > 0, not {clip_norm}")
         self.base, self.rho, self.adaptive, self.eta, self.scale_biases = base, rho, adaptive, eta, scale_biases
-        self.every, self.clip_norm, self.scaler, self.model = every, clip_norm, scaler, model
+        self.every, self.clip_norm, self.model = every, clip_norm, model
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.synchronise, self.noise, self.same_noise, self.diagnose = synchronise, noise, same_noise, diagnose
+        if not callable(rho):
+            self._radius()
         self.last: dict[str, Tensor] = {}
         self.steps, self.skipped = 0, 0
         self._draw: torch.Generator | None = None
         self._saved: tuple[list[Tensor], list[Tensor]] | None = None  # (parameters, their values at w)
-        self._room: dict[Tensor, Tensor] = {}  # kept for those values: new memory costs more than a copy
+        self._room: dict[Tensor, Tensor] = {}  # for those values; kept, since new memory costs more than a copy
         parameters = self._parameters()
         if not parameters:
             raise ValueError("the base optimiser has no parameter with requires_grad=True")
@@ -139,19 +138,16 @@ class SAM:
         groups = [closures] if shared else [(closure,) for closure in closures]
         found: list[dict[str, Tensor]] = []
         total: dict[Tensor, Tensor] = {}
-        finite = True
         for group in groups:
             finite, measured = self._gradient(group, rho)
             found.append(measured)
             if not finite:
                 break
             if len(groups) > 1:
-                for p in self._parameters():
-                    if p.grad is not None:
-                        total[p] = total[p].add_(p.grad) if p in total else p.grad.clone()
-        if finite:
-            for p in self._parameters():
-                p.grad = total.get(p, p.grad)
+                for p, g in self._gradients().items():
+                    total[p] = total[p].add_(g) if p in total else g.clone()
+        for p, g in total.items():
+            p.grad = g
         self._update(finite)
         self.steps += 1
         self.last = {
@@ -176,29 +172,26 @@ class SAM:
         if self._saved is not None:
             raise RuntimeError("the weights are perturbed already: call restore() first")
         rho = self._radius() if rho is None else rho
-        params = [p for p in self._parameters() if p.grad is not None and (self._only is None or p in self._only)]
-        direction = [p.grad for p in params if p.grad is not None]
+        g = {p: x for p, x in self._gradients().items() if self._only is None or p in self._only}
         if self.noise:
             draw = self._draw or self.noise(self.steps)
-            direction = [torch.randn(p.shape, dtype=p.dtype, generator=draw).to(p.device) for p in params]
-        scaled = [i for i, p in enumerate(params) if self.adaptive and (self.scale_biases or p.ndim > 1)]
-        values = [self._kept(p) for p in params]
-        scale, stretched = [values[i] for i in scaled], [direction[i] for i in scaled]
-        if scaled:  # where w will be kept there is room for T = |w| + eta first
-            torch._foreach_copy_(scale, [params[i] for i in scaled])
-            torch._foreach_abs_(scale)
-            torch._foreach_add_(scale, self.eta)
-            torch._foreach_mul_(stretched, scale)  # T g
-        norm = _norm(direction).item() if direction else 0.0
+            g = {p: torch.randn(p.shape, dtype=p.dtype, generator=draw).to(p.device) for p in g}
+        self._room |= {p: torch.empty_like(p) for p in g if p not in self._room}
+        T = {p: self._room[p] for p in g if self.adaptive and (self.scale_biases or p.ndim > 1)}  # elsewhere T = 1
+        if T:  # where w will be kept there is room for T first
+            scales = list(T.values())
+            torch._foreach_copy_(scales, list(T))
+            torch._foreach_abs_(scales)
+            torch._foreach_add_(scales, self.eta)  # T = |w| + eta
+        direction, norm = ascent(g, T)
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient at w is not finite (norm {norm})")
-        if scaled:
-            torch._foreach_mul_(stretched, scale)  # T^2 g
-        if params:
-            torch._foreach_copy_(values, params)
-        self._saved = (params, values)
+        w, kept = list(g), [self._room[p] for p in g]
+        if w:
+            torch._foreach_copy_(kept, w)
+        self._saved = (w, kept)
         if norm >= torch.finfo(torch.float32).tiny:
-            torch._foreach_add_(params, direction, alpha=rho / norm)
+            torch._foreach_add_(w, direction, alpha=rho / norm)  # w + eps, where eps = rho T^2 g / ||T g||
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -216,8 +209,8 @@ class SAM:
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimiser's state, the steps done and skipped, and the scaler's state."""
-        scaler = self.scaler.state_dict() if self.scaler else {}
-        return {"base": self.base.state_dict(), "steps": self.steps, "skipped": self.skipped, "scaler": scaler}
+        mine = {"steps": self.steps, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
+        return {"base": self.base.state_dict(), **mine}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that `state_dict` returned.
@@ -227,41 +220,42 @@ class SAM:
         """
         if set(state) != {"base", "steps", "skipped", "scaler"}:
             raise ValueError(f"this is no state of SAM, which has base, steps, skipped and scaler, not {list(state)}")
-        if bool(state["scaler"]) != bool(self.scaler):
+        if bool(state["scaler"]) != self.scaler.is_enabled():
             raise ValueError("the state was saved with a scaler and is loaded without one, or the other way round")
         self.base.load_state_dict(state["base"])
+        self.scaler.load_state_dict(state["scaler"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-        if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
 
     def _gradient(self, closures: Sequence[Closure], rho: float) -> tuple[bool, dict[str, Tensor]]:
         """Leave in `.grad` the gradient that updates; say whether it is finite, and what was measured on the way."""
-        random_state = self._random_state() if self.same_noise and rho > 0 else []
-        with self._unsynchronised(rho > 0):
-            loss = self._measure(closures)
-        norm = _norm(self._gradients())
-        ones = torch.ones_like(norm)
-        measured = {"loss": loss, "loss_perturbed": loss, "grad_norm": norm / self._loss_scale()}
+        climbs, devices = rho > 0, [self.device] if self.device.type == "cuda" else []
+        apart = self.model if isinstance(self.model, DistributedDataParallel) and not self.synchronise else None
+        with torch.random.fork_rng(devices, enabled=climbs and self.same_noise):  # the second pass draws the same
+            with apart.no_sync() if apart and climbs else nullcontext():
+                loss = self._measure(closures)
+        norm = _norm(self._gradients().values())
+        measured = {"loss": loss, "loss_perturbed": loss, "grad_norm": norm / self.scaler.get_scale()}
         if self.diagnose:
-            measured |= {"cosine": ones, "eps_norm": 0 * ones}
+            measured |= {"cosine": torch.ones_like(norm), "eps_norm": torch.zeros_like(norm)}
         finite = self._finite_everywhere(norm)
-        if not finite or rho == 0:
+        if not finite or not climbs:
             return finite, measured
-        first = {p: p.grad.clone() for p in self._parameters() if p.grad is not None} if self.diagnose else {}
+        first = {p: g.clone() for p, g in self._gradients().items()} if self.diagnose else {}
         try:
             self.perturb(rho)
             if self.diagnose and self._saved and self._saved[0]:
                 with torch.no_grad():
-                    measured["eps_norm"] = _norm(list(torch._foreach_sub(*self._saved)))
-            with self._second_pass(random_state):
+                    measured["eps_norm"] = _norm(torch._foreach_sub(*self._saved))
+            with self._second_pass():
                 measured["loss_perturbed"] = self._measure(closures)
         finally:
             if self._saved is not None:
                 self.restore()
-        norm = _norm(self._gradients())
+        second = self._gradients()
+        norm = _norm(second.values())
         if self.diagnose:
-            product = sum(((g * p.grad).sum() for p, g in first.items() if p.grad is not None), 0 * ones)
-            lengths = norm * _norm(list(first.values()))
+            product = sum(((first[p] * g).sum() for p, g in second.items() if p in first), torch.zeros_like(norm))
+            lengths = norm * _norm(first.values())
             measured["cosine"] = product / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
         return self._finite_everywhere(norm), measured
 
@@ -274,83 +268,70 @@ class SAM:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"the closure must return the loss as a tensor, not {type(loss).__name__}")
             losses.append(loss.detach())
+        if not self._gradients():
+            raise ValueError("the closure left no gradient: it must call loss.backward()")
         return torch.stack(losses).sum()
 
     def _update(self, finite: bool) -> None:
-        if self.scaler:
-            if not finite:  # also on a process whose own gradient was finite: the scales must stay equal
-                self._gradients()[0].fill_(math.inf)
-            self.scaler.unscale_(self.base)
-        if not finite:
-            self.skipped += 1
-        else:
+        if not finite:  # also on a process whose own gradient was finite: the scales must stay equal
+            next(iter(self._gradients().values())).fill_(math.inf)
+        self.scaler.unscale_(self.base)
+        if finite:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
-            if self.scaler:
-                self.scaler.step(self.base)
-            else:
-                self.base.step()
-        if self.scaler:
-            self.scaler.update()
+            self.scaler.step(self.base)
+        self.skipped += not finite
+        self.scaler.update()
 
     @contextmanager
-    def _second_pass(self, random_state: list[Tensor]) -> Iterator[None]:
-        """The dropout masks of the first pass, and running statistics that stand still."""
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)] if self.model else []
-        tracked = [m.track_running_stats for m in norms]
-        if self.same_noise:
-            self._set_random_state(random_state)
-        for m in norms:
-            m.track_running_stats = False  # normalise by the batch, as in training, and record nothing
+    def _second_pass(self) -> Iterator[None]:
+        """Running statistics stand still: batches are normalised by themselves, as in training, and not recorded."""
+        modules = self.model.modules() if self.model else ()
+        tracked = {m: m.track_running_stats for m in modules if isinstance(m, _BatchNorm)}
         try:
+            for m in tracked:
+                m.track_running_stats = False
             yield
         finally:
-            for m, track in zip(norms, tracked, strict=True):
+            for m, track in tracked.items():
                 m.track_running_stats = track
-
-    def _unsynchronised(self, climbs: bool) -> AbstractContextManager[object]:
-        local = climbs and not self.synchronise
-        return self.model.no_sync() if local and isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _finite_everywhere(self, norm: Tensor) -> bool:
         """Whether a norm is finite, on every process: all take the second pass together, or none does."""
-        finite = norm.isfinite()
+        finite = norm.isfinite().int()
         if isinstance(self.model, DistributedDataParallel):
-            votes = finite.int()
-            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
-            finite = votes.bool()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         return bool(finite)
-
-    def _random_state(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        return states + [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
-
-    def _set_random_state(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self.device)
 
     def _radius(self) -> float:
         rho = self.rho(self.steps) if callable(self.rho) else self.rho
-        _check_radius(rho)
+        if not (rho >= 0 and math.isfinite(rho)):
+            raise ValueError(f"rho must be a finite number >= 0, not {rho}")
         return rho
-
-    def _kept(self, p: Tensor) -> Tensor:
-        if p not in self._room:
-            self._room[p] = torch.empty_like(p)
-        return self._room[p]
-
-    def _loss_scale(self) -> float:
-        return self.scaler.get_scale() if self.scaler else 1.0
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
 
-    def _gradients(self) -> list[Tensor]:
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        if not grads:
-            raise ValueError("the closure left no gradient: it must call loss.backward()")
-        return grads
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        return {p: p.grad for p in self._parameters() if p.grad is not None}
+
+
+def ascent(g: dict[Tensor, Tensor], T: dict[Tensor, Tensor]) -> tuple[list[Tensor], float]:
+    """The direction T^2 g of a climb, and the norm ||T g|| that belongs to it: eps = rho T^2 g / ||T g||.
+
+    Args:
+        g: gradient by parameter; T^2 g takes its place, which spares a copy.
+        T: scale by parameter, for some of them or none; elsewhere T = 1, as everywhere in SAM.
+
+    Source: Foret et al. 2021, eq. 2 (SAM); Kwon et al. 2021, section 3 (ASAM).
+    """
+    direction, scaled, scales = list(g.values()), [g[p] for p in T], list(T.values())
+    if T:
+        torch._foreach_mul_(scaled, scales)  # T g
+    norm = _norm(direction).item() if g else 0.0
+    if T:
+        torch._foreach_mul_(scaled, scales)  # T^2 g
+    return direction, norm
 
 
 def norm_parameters(model: nn.Module) -> list[Tensor]:
@@ -362,11 +343,6 @@ def norm_parameters(model: nn.Module) -> list[Tensor]:
     return [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)]
 
 
-def _check_radius(rho: float) -> None:
-    if not (rho >= 0 and math.isfinite(rho)):
-        raise ValueError(f"rho must be a finite number >= 0, not {rho}")
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
     """L2 norm over all tensors, in their own precision."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))

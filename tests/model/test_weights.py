@@ -129,7 +129,7 @@ def test_a_silent_network_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 BEGIN = "from samlib.notebook.run import begin; begin('demo', preset='paper', "
-RECIPE = '{"task":"mnist","optimizer":"adamw","steps":1}'
+RECIPE = "--tasks mnist --optimizer adamw --steps 1"
 
 
 @pytest.mark.parametrize(

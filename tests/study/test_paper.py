@@ -25,7 +25,7 @@ from samlib.model.theta import flat, task_vector, weights_of
 from samlib.notebook.run import Run, begin
 from samlib.study.arms import recipes
 from samlib.study.scoring import at_best_lambda, bench, score
-from samlib.train import finetune as finetune_module
+from samlib.train import beside, loop
 from samlib.train.finetune import Finetuned, finetune
 
 MODEL = "ViT-B-32/random"
@@ -107,8 +107,8 @@ def test_an_interrupted_run_goes_on_with_other_micro_batches(
             raise KeyboardInterrupt
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(finetune_module, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(finetune_module, "augment", stop)
+    monkeypatch.setattr(beside, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "augment", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune(whole.recipe, clip, run.device, tmp_path)
     again = finetune(replace(whole.recipe, micro_batch=2), clip, run.device, tmp_path)
@@ -140,10 +140,11 @@ def test_merge_measure_and_look_at_the_curvature(run: Run, clip: Clip, trained: 
     assert float(values[0]) > 0 and float(flat(task_vector(thetas[1], b.theta_0)).norm()) > 0
 
 
-def test_memory_and_time_are_as_estimated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_and_time_are_as_estimated(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prediction and training in processes of their own; time is noisy where others compute, so it may try again."""
-    recipe = asdict(replace(recipes(run, "SAM", 0)[0], steps=6, batch_size=8, micro_batch=4))
-    command = [sys.executable, "-m", "samlib.train", json.dumps(recipe), "--device", "cpu", "--model", MODEL]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(asdict(replace(recipes(run, "SAM", 0)[0], steps=6, batch_size=8, micro_batch=4))))
+    command = [sys.executable, "-m", "samlib.train", "--config", str(recipe), "--device", "cpu", "--model", MODEL]
     pattern = r"([\d.]+) GB of memory[^\d]*([\d.]+) s a step"
     ratios = []
     for attempt in range(3):

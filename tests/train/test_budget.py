@@ -12,7 +12,6 @@ from samlib.model import clip
 from samlib.model.clip import load_clip
 from samlib.model.theta import weights_of
 from samlib.train import budget
-from samlib.train import budget as estimate
 from samlib.train.budget import Pace
 from samlib.train.recipe import Recipe
 
@@ -66,7 +65,7 @@ def test_memory_grows_with_what_is_asked_for() -> None:
 
 @pytest.mark.parametrize(("free", "expected"), [(24e9, 128), (10e9, 128), (6e9, 32), (3.8e9, 8)])
 def test_micro_batch_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, free: float, expected: int) -> None:
-    monkeypatch.setattr(estimate, "free_memory", lambda device: free)
+    monkeypatch.setattr(budget, "free_memory", lambda device: free)
     found = budget.micro_batch("ViT-B-32/openai", 128, "cpu")
     assert found == expected
 
@@ -104,7 +103,7 @@ def test_pace_leaves_the_model_alone_and_table_adds_up() -> None:
 
 
 def test_no_image_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 10**9)
     with pytest.raises(MemoryError, match="ViT-L-14/openai needs .* GB to be trained, 0.8 GB are free"):
         budget.micro_batch("ViT-L-14/openai", 64, "cpu")
     with pytest.raises(ValueError, match="model must be"):
@@ -134,5 +133,5 @@ def test_a_container_s_limit_counts(tmp_path: Path) -> None:
 def test_no_more_processes_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     one = budget.PROCESS + sum(budget.memory("testbed", SAM).values())
     for free, n in ((0.5, 1), (1.2, 1), (3.6, 3)):
-        monkeypatch.setattr(estimate, "free_memory", lambda _, free=free: free * one)
+        monkeypatch.setattr(budget, "free_memory", lambda _, free=free: free * one)
         assert budget.processes("testbed", [dataclasses.replace(SAM, micro_batch=1), SAM]) == n

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -27,9 +28,9 @@ from samlib.model.clip import load_clip
 from samlib.model.head import zero_shot_head
 from samlib.model.theta import weights_of
 from samlib.store import checkpoint, keys
-from samlib.train import finetune, sam, schedule
-from samlib.train.__main__ import main
+from samlib.train import beside, finetune, loop, result, sam, schedule
 from samlib.train.finetune import finetune_many, train_many
+from samlib.train.loop import Finetuned
 from samlib.train.recipe import OPTIMIZERS, Recipe
 
 RECIPE = Recipe("warm", "sam", steps=12, rho=0.05, lr=1e-2, batch_size=16)
@@ -43,13 +44,12 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """The recipes that were really trained."""
     recipes: list[Recipe] = []
-    train = finetune._train
 
-    def counted(recipe: Recipe, *rest: Any) -> finetune.Finetuned:
+    def counted(recipe: Recipe, *rest: Any) -> Finetuned:
         recipes.append(recipe)
-        return train(recipe, *rest)
+        return loop.train(recipe, *rest)
 
-    monkeypatch.setattr(finetune, "_train", counted)
+    monkeypatch.setattr(finetune, "train", counted)
     return recipes
 
 
@@ -197,7 +197,7 @@ def test_n_train_limits_the_examples(tiny: Any, tmp_path: Path, monkeypatch: pyt
         seen.add(n)
         return batches.batch_indices(n, batch_size, seed, step)
 
-    monkeypatch.setattr(finetune, "batch_indices", spy)
+    monkeypatch.setattr(loop, "batch_indices", spy)
     finetune.finetune(dataclasses.replace(RECIPE, n_train=10), tiny, "cpu", tmp_path)
     assert seen == {10}
 
@@ -223,7 +223,7 @@ def test_label_noise_is_training_on_wrong_labels(tiny: Any, tmp_path: Path, monk
     task = load_task(RECIPE.task)
     wrong = batches.mislabel(task.train.labels, len(task.classes), 0.5, batches.generator("labels", 3))
     changed = dataclasses.replace(task, train=Split(task.train.images, wrong))
-    monkeypatch.setattr(finetune, "load_task", lambda name, size: changed)
+    monkeypatch.setattr(loop, "load_task", lambda name, size: changed)
     by_hand = finetune.finetune(dataclasses.replace(RECIPE, seed=3), tiny, "cpu", tmp_path / "b")
     assert same(noisy.theta, by_hand.theta)
     assert (noisy.train_loss, noisy.train_accuracy) == (by_hand.train_loss, by_hand.train_accuracy)
@@ -240,7 +240,7 @@ def test_divergence_names_task_step_and_remedy(
         calls += 1
         return augment.augment(images, *others) * (math.nan if calls == 4 else 1)
 
-    monkeypatch.setattr(finetune, "augment", poisoned)
+    monkeypatch.setattr(loop, "augment", poisoned)
     recipe = dataclasses.replace(RECIPE, optimizer=optimizer, rho=0.05 if optimizer == "sam" else 0.0)
     with pytest.raises(FloatingPointError, match="'warm' with .* not finite at step 3: lower lr .* or rho"):
         finetune.finetune(recipe, tiny, "cpu", tmp_path)
@@ -250,7 +250,7 @@ def test_divergence_names_task_step_and_remedy(
 # ---- options of the loop
 
 
-def train(tiny: Any, folder: Path, **change: Any) -> finetune.Finetuned:
+def train(tiny: Any, folder: Path, **change: Any) -> Finetuned:
     return finetune.finetune(dataclasses.replace(RECIPE, **change), tiny, "cpu", folder)
 
 
@@ -288,14 +288,14 @@ def test_averaged_weights_are_the_average_of_the_path(
     average: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path: list[dict[str, Tensor]] = []
-    step = finetune.sam.SAM.step
+    step = sam.SAM.step
 
     def spy(self: Any, *closures: Any, shared: bool) -> Tensor:
         loss = step(self, *closures, shared=shared)
         path.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
         return loss
 
-    monkeypatch.setattr(finetune.sam.SAM, "step", spy)
+    monkeypatch.setattr(sam.SAM, "step", spy)
     done = train(tiny, tmp_path, average=average, decay=0.9 if average == "ema" else 0.99)
     own = path[:12]
     if average == "swa":  # before the average begins, a look sees the weights themselves
@@ -346,7 +346,7 @@ def _overflow_on_one(rank: int) -> None:
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
     scaler = torch.amp.GradScaler("cpu")
-    optimizer = finetune.sam.SAM(torch.optim.SGD(model.parameters(), 0.1), 0.1, model=model, scaler=scaler)
+    optimizer = sam.SAM(torch.optim.SGD(model.parameters(), 0.1), 0.1, model=model, scaler=scaler)
     for step in range(3):
 
         def closure(step: int = step) -> Tensor:
@@ -378,33 +378,13 @@ def test_two_processes_compute_what_one_computes_in_two_parts(tiny: Any, tmp_pat
         )
         assert difference(one.theta, thetas[recipe]) < 1e-5
         log = pd.read_parquet(file.with_name("log.parquet"))
-        for column in (*finetune.COLUMNS, *sam.MEANS):
+        for column in (*loop.COLUMNS, *sam.MEANS):
             if column == "cosine" and not recipe.shared_climb:
                 continue  # a process's own first gradient beside the averaged second one
             if column == "grad_norm" and recipe.every > 1:
                 continue  # a step without a climb averages over the processes at once
             assert log[column].tolist() == pytest.approx(one.log[column].tolist(), rel=1e-3), column
     assert set(thetas) == set(two) and difference(thetas[two[0]], thetas[two[1]]) > 1e-4
-
-
-def test_the_command_line_trains_a_recipe_and_names_a_bad_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(recipe: str) -> None:
-        arguments = ["train", recipe, "--device", "cpu", "--cache", str(tmp_path)]
-        monkeypatch.setattr("sys.argv", arguments)
-        main()
-
-    run('{"task": "warm", "optimizer": "sam", "steps": 2, "rho": 0.01, "batch_size": 4}')
-    (weights,) = tmp_path.glob("finetune/*/theta.safetensors")
-    assert str(weights.parent) in capsys.readouterr().out
-    for recipe, message in (
-        ('{"task": "warm", "optimizer": "sam", "steps": 2, "rho": -1}', "rho must be a finite number >= 0"),
-        ('{"task": "warm", "optimzer": "sam"}', "optimzer"),
-    ):
-        with pytest.raises(SystemExit):
-            run(recipe)
-        assert message in capsys.readouterr().err
 
 
 # ---- cache
@@ -421,7 +401,7 @@ def test_a_recipe_is_trained_once(tiny: Any, tmp_path: Path, trained: list[Recip
 def test_each_cause_of_the_weights_has_an_entry(tiny: Any, tmp_path: Path, trained: list[Recipe]) -> None:
     variants = [
         dataclasses.replace(RECIPE, **change)
-        for change in ({}, {"seed": 1}, {"rho": 0.1}, {"task": "cool"}, {"steps": 13}, {"n_train": 20})
+        for change in ({}, {"seed": 1}, {"rho": 0.1}, {"tasks": ("cool",)}, {"steps": 13}, {"n_train": 20})
     ]
     done = finetune_many(variants, tiny, "cpu", tmp_path, jobs=1)
     assert trained == variants
@@ -435,6 +415,23 @@ def test_the_key_follows_code_but_not_prose() -> None:
     prose = 'def f(x):\n    """Another text."""\n\n    # more\n    return x\n'
     assert keys.without_prose(source) == keys.without_prose(prose)
     assert keys.without_prose(source) != keys.without_prose(source.replace("return x", "return -x"))
+
+
+def test_estimates_do_not_rename_results_but_the_optimiser_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for changed in ("", "train/budget.py", "train/finetune.py", "train/result.py", "train/sam.py", "train/beside.py"):
+        root = tmp_path / (changed or "as it is")
+        shutil.copytree(keys.ROOT, root, ignore=shutil.ignore_patterns("__pycache__", "testbed"))
+        if changed:
+            with (root / changed).open("a") as file:
+                file.write("\nMORE = 1\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(keys, "ROOT", root)
+            found[changed] = keys.code_of(loop.train)
+    same = {name for name, key in found.items() if key == found[""]}
+    assert same == {"", "train/budget.py", "train/finetune.py", "train/result.py"}
 
 
 @pytest.mark.parametrize("name", ["theta.safetensors", "log.parquet", "recipe.json"])
@@ -471,7 +468,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 ) -> None:
     recipe = dataclasses.replace(RECIPE, **change)
     whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
-    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    monkeypatch.setattr(beside, "CHECKPOINT_SECONDS", -1.0)  # after every step
     steps: list[int] = []
 
     def breaking(n: int, batch_size: int, seed: int, step: int) -> Tensor:
@@ -481,7 +478,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
         steps.append(step)
         return batches.batch_indices(n, batch_size, seed, step)
 
-    monkeypatch.setattr(finetune, "batch_indices", breaking)
+    monkeypatch.setattr(loop, "batch_indices", breaking)
     with pytest.raises(Interrupted):
         finetune.finetune(recipe, tiny, "cpu", tmp_path / "broken")
     resumed = finetune.finetune(recipe, tiny, "cpu", tmp_path / "broken")
@@ -494,7 +491,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 
 def _killed(tiny: Any, recipe: Recipe, folder: Path, step: int, place: str) -> None:
     """Fine-tune and die, like a process that runs out of memory, at one place of one step."""
-    finetune.CHECKPOINT_SECONDS = -1.0  # a checkpoint after every step
+    beside.CHECKPOINT_SECONDS = -1.0  # a checkpoint after every step
     now = -1
 
     def die_at(name: str, half: Path | None = None) -> None:
@@ -509,7 +506,7 @@ def _killed(tiny: Any, recipe: Recipe, folder: Path, step: int, place: str) -> N
         die_at("before the step")
         return batches.batch_indices(n, batch_size, seed, now)
 
-    def restore(optimizer: finetune.sam.SAM) -> None:
+    def restore(optimizer: sam.SAM) -> None:
         die_at("at w + eps")
         restored(optimizer)
 
@@ -521,9 +518,9 @@ def _killed(tiny: Any, recipe: Recipe, folder: Path, step: int, place: str) -> N
         die_at("writing the result", path)
         save_file(tensors, path, metadata)
 
-    restored = finetune.sam.SAM.restore
-    finetune.sam.SAM.restore = restore  # type: ignore[method-assign]
-    batches.batch_indices, finetune.checkpoint.save_file, finetune.save_file = indices, checkpointing, writing
+    restored = sam.SAM.restore
+    sam.SAM.restore = restore  # type: ignore[method-assign]
+    loop.batch_indices, checkpoint.save_file, result.save_file = indices, checkpointing, writing
     finetune.finetune(recipe, tiny, "cpu", folder)
 
 
@@ -579,14 +576,14 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> No
 
 
 def test_a_damaged_checkpoint_is_named(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(beside, "CHECKPOINT_SECONDS", -1.0)
 
     def breaking(n: int, batch_size: int, seed: int, step: int) -> Tensor:
         if step == 2:
             raise Interrupted
         return batches.batch_indices(n, batch_size, seed, step)
 
-    monkeypatch.setattr(finetune, "batch_indices", breaking)
+    monkeypatch.setattr(loop, "batch_indices", breaking)
     with pytest.raises(Interrupted):
         finetune.finetune(RECIPE, tiny, "cpu", tmp_path)
     (path,) = tmp_path.glob("finetune/*.partial.safetensors")
@@ -615,7 +612,7 @@ def test_what_is_trained_together_need_not_fit_into_the_memory_together(
         raise AssertionError("nothing is to be read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_read", read)
+        patch.setattr(result, "read", read)
         wanted = [dataclasses.replace(RECIPE, seed=seed) for seed in (1, 0, 1)]
         folders = train_many(wanted, tiny, "cpu", tmp_path, jobs=1)
     assert folders[0] == folders[2] != folders[1]
@@ -624,53 +621,9 @@ def test_what_is_trained_together_need_not_fit_into_the_memory_together(
         assert same(load_file(folder / "theta.safetensors"), done.theta)
 
 
-# ---- recipes
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, sam, asam, rwp, not 'sgd'"),
-        ({"steps": 0}, "steps must be an integer >= 1, not 0"),
-        ({"steps": 1.5}, "steps must be an integer"),
-        ({"rho": -0.1}, "rho must be a finite number >= 0, not -0.1"),
-        ({"optimizer": "adamw"}, "rho must be 0.0 for adamw, not 0.05"),
-        ({"eta": 0.1}, "eta must be 0.0 unless the optimizer is asam"),
-        ({"lr": 0.0}, "lr must be a finite number > 0"),
-        ({"lr": math.nan}, "lr must be a finite number > 0"),
-        ({"warmup": 1.0}, r"warmup must be a number in \[0, 1\)"),
-        ({"clip_norm": 0.0}, "clip_norm must be a finite number > 0 or None"),
-        ({"n_train": 0}, "n_train must be"),
-        ({"label_noise": 1.0}, r"label_noise must be a number in \[0, 1\)"),
-        ({"batch_size": True}, "batch_size must be"),
-        ({"seed": -1}, "seed must be"),
-        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16"),
-        ({"every": 0}, "every must be"),
-        ({"optimizer": "adamw", "rho": 0.0, "every": 2}, "every must be 1 for adamw, not 2"),
-        ({"optimizer": "adamw", "rho": 0.0, "norms_only": True}, "norms_only must be False for adamw"),
-        ({"scale_biases": False}, "scale_biases must be True unless the optimizer is asam"),
-        ({"rho": math.inf}, "rho must be"),
-        ({"decay": 0.9}, "decay must be 0.99 unless the average is ema"),
-        ({"micro_batch": 0}, "micro_batch must be"),
-        ({"average": "mean"}, "average must be one of none, ema, swa"),
-        ({"average": "ema", "decay": 1.0}, r"decay must be a number in \(0, 1\)"),
-        ({"validate_every": 0}, "validate_every must be"),
-        ({"weight_decay": -1.0}, "weight_decay must be"),
-    ],
-)
-def test_a_recipe_checks_itself(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(RECIPE, **change)
-
-
-def test_equal_recipes_have_one_key() -> None:
-    whole = dataclasses.replace(RECIPE, rho=1, lr=1, weight_decay=0)
-    assert repr(whole) == repr(dataclasses.replace(RECIPE, rho=1.0, lr=1.0, weight_decay=0.0))
-
-
 def test_unknown_task_is_a_key_error(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="unknown task 'cold'"):
-        finetune.finetune(dataclasses.replace(RECIPE, task="cold"), tiny, "cpu", tmp_path)
+        finetune.finetune(dataclasses.replace(RECIPE, tasks="cold"), tiny, "cpu", tmp_path)
 
 
 # ---- several tasks at once
@@ -706,7 +659,7 @@ def test_tasks_take_turns_and_the_loss_is_their_mean(tiny: Any, tmp_path: Path) 
 def test_a_model_of_several_tasks_resumes_in_its_turn(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     recipe = Recipe(("warm", "cool"), "sam", steps=9, rho=0.05, lr=1e-2, batch_size=16)
     whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
-    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(beside, "CHECKPOINT_SECONDS", 0.0)
     calls = 0
     save = checkpoint.save
 
