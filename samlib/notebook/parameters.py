@@ -18,7 +18,6 @@ from samlib.data.paper_tasks import HUB
 from samlib.model import registry
 from samlib.notebook.presets import PRESETS, Preset
 from samlib.rules import is_whole
-from samlib.train.device import DEVICES
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -68,7 +67,7 @@ _NAMES = (*catalogue.TASKS, *HUB, "the folders in SAMLIB_DATA")
 PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preset": (f"one of {', '.join(PRESETS)}", lambda value: isinstance(value, str) and value in PRESETS),
     "seed": ("an integer >= 0", _whole(0)),
-    "device": (DEVICES, _device),
+    "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", _device),
     "tasks": (f"'all' (the preset's) or a list of different names out of {', '.join(_NAMES)}", _tasks),
     "model": ("None, 'testbed' or such as 'ViT-B-32/openai'", _model),
     "optimizer": ("adamw, sam or asam", lambda value: value in ("adamw", "sam", "asam")),

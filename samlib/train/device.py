@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"  # what may be asked for
+from samlib.notebook.parameters import PARAMETERS
 
 
 def _fast_bf16(device: str) -> bool:
@@ -28,7 +28,7 @@ def find_device(wanted: str) -> str:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise ValueError(f"device must be {DEVICES}, not {wanted!r}") from error
+        raise ValueError(f"device must be {PARAMETERS['device'][0]}, not {wanted!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {wanted!r} is not available here: use 'auto' or 'cpu'")
     return wanted
