@@ -69,8 +69,7 @@ def _follow(thing: Any, parts: dict[str, str]) -> None:
             _follow(one, parts)
         return
     if isinstance(thing, ModuleType):
-        for name in (thing.__name__, *_behind(thing.__name__)):
-            parts |= _module(name)
+        parts |= _module(thing.__name__)
         return
     if not isinstance(thing, (FunctionType, type)):
         thing = getattr(thing, "__func__", None) or getattr(thing, "__wrapped__", None) or type(thing)
@@ -158,15 +157,6 @@ def _module(name: str) -> dict[str, str]:
         found[one] = _source(file)
         todo |= set(_imports(file))
     return found
-
-
-def _behind(name: str) -> list[str]:
-    """All modules of one of samlib's packages that imports them only when asked, so that no import names them."""
-    init = _file(name) if name.split(".")[0] == "samlib" else None
-    if init is None or not init.with_suffix(".pyi").exists():
-        return []
-    files = [file.relative_to(ROOT.parent).with_suffix("") for file in init.parent.rglob("*.py")]
-    return [".".join(file.parts) for file in files if file.name != "__init__"]
 
 
 def _file(name: str) -> Path | None:

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 
 import samlib
-from samlib import measure
-from samlib.store import keys
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,18 +87,6 @@ assert not slow & set(sys.modules), slow & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_key_follows_the_names_of_a_package() -> None:
-    """A package imports its modules only when they are asked for; results that use it depend on them all the same."""
-    parts: dict[str, str] = {}
-    keys._follow(uses_a_package, parts)
-    assert {"samlib.measure.interference", "samlib.measure.taylor", "samlib.model.theta"} <= set(parts)
-    assert not any(name.startswith("samlib.study") for name in parts)
-
-
-def uses_a_package() -> object:
-    return measure.xi
 
 
 def test_code_of_the_library_names_modules() -> None:
