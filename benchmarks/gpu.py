@@ -49,9 +49,11 @@ from samlib.store import provenance
 from samlib.store.files import write_json
 from samlib.study import campaign, central
 from samlib.study.arms import ARMS
-from samlib.train import budget, finetune
+from samlib.train import beside, budget
 from samlib.train.device import find_device
+from samlib.train.finetune import finetune
 from samlib.train.recipe import PRECISIONS, Recipe
+from samlib.train.result import Finetuned, result_folder
 from samlib.train.sam import SAM
 
 MODEL = "ViT-B-32/random"
@@ -90,9 +92,9 @@ class Bed:
         usual: Found = {"steps": self.steps, "lr": 1e-5, "batch_size": self.batch, "n_train": 2 * self.batch}
         return Recipe((TASK,), arm.lower(), rho=RHO[arm], **usual | changes)
 
-    def train(self, recipe: Recipe, cache: Path) -> finetune.Finetuned:
+    def train(self, recipe: Recipe, cache: Path) -> Finetuned:
         """Fine-tune on the device, or read what the cache has."""
-        return finetune.finetune(recipe, self.clip, self.device, cache)
+        return finetune(recipe, self.clip, self.device, cache)
 
     def start(self) -> Theta:
         """The pre-trained weights on the CPU."""
@@ -199,7 +201,7 @@ def launches(bed: Bed, cache: Path) -> Found:
 def micro_batches(bed: Bed, cache: Path) -> Found:
     """SAM with the batch in one pass, and in parts with one climb for all of them."""
 
-    def trained(images: int) -> finetune.Finetuned:
+    def trained(images: int) -> Finetuned:
         own = cache / str(images)  # in a common folder one would be read in place of the other
         bed.train(bed.recipe(steps=2, shared_climb=True, micro_batch=images), own)  # warms up
         return bed.train(bed.recipe(shared_climb=True, micro_batch=images), own)
@@ -233,7 +235,7 @@ def precisions(bed: Bed, cache: Path) -> Found:
 def resumed(bed: Bed, cache: Path) -> Found:
     """A run that is killed after its first checkpoint and goes on, beside two that nobody disturbs."""
     recipe = bed.recipe()
-    folder = finetune.result_folder(recipe, bed.clip, torch.device(bed.device), cache / "killed")
+    folder = result_folder(recipe, bed.clip, torch.device(bed.device), cache / "killed")
     file = folder.with_name(f"{folder.name}.partial.safetensors")
     arguments = (recipe, bed.clip.name, bed.device, cache / "killed")
     child = multiprocessing.get_context("spawn").Process(target=_train_until_killed, args=arguments)
@@ -256,8 +258,8 @@ def resumed(bed: Bed, cache: Path) -> Found:
 
 
 def _train_until_killed(recipe: Recipe, model: str, device: str, cache: Path) -> None:
-    finetune.CHECKPOINT_SECONDS = -1.0  # after every step
-    finetune.finetune(recipe, load_clip(device, model), device, cache)
+    beside.CHECKPOINT_SECONDS = -1.0  # after every step
+    finetune(recipe, load_clip(device, model), device, cache)
 
 
 def merges(bed: Bed, cache: Path) -> Found:
