@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from samlib.measure.intervals import Estimate, bootstrap, correlations, estimate, mean, paired
+from samlib.measure.intervals import Estimate, Statistic, bootstrap, correlations, estimate, mean, paired
 from samlib.measure.landscape import above_chord
 from samlib.notebook.page import claim as verdict_on
 from samlib.notebook.page import glue, verdict
@@ -223,8 +223,25 @@ def effect(measure: str, arm: str, base: str, results: Sequence[Result]) -> Esti
     models = flatness_chain.table(results)
     if m.rank:
         return predicts(models, m.value)
-    (one,) = bootstrap(against(m.value, arm, base, models, m.ratio), mean("y"))
-    return one.map(math.exp) if m.ratio else one
+    return change(m.value, arm, base, models, m.ratio)
+
+
+def change(column: str, arm: str, base: str, models: pd.DataFrame, ratio: bool = True) -> Estimate:
+    """What an arm changes in a column, with its interval over tasks and seeds: geometric mean of ratios, or mean.
+
+    Args:
+        column, arm, base, models, ratio: as for `against`.
+
+    Returns:
+        The estimate; all NaN where no pair has a ratio.
+
+    Taught in: 07_flatness.
+    """
+    pairs = against(column, arm, base, models, ratio)
+    if pairs.empty:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    (found,) = bootstrap(pairs, mean("y"))
+    return found.map(math.exp) if ratio else found
 
 
 def against(column: str, arm: str, base: str, models: pd.DataFrame, ratio: bool = True) -> pd.DataFrame:
@@ -249,12 +266,13 @@ def against(column: str, arm: str, base: str, models: pd.DataFrame, ratio: bool 
 
 
 def plain(arm: str, models: pd.DataFrame) -> str:
-    """The arm's name among models with several radii: of SAM and ASAM the one with the published preset's radius."""
+    """The arm's name among models with several radii: of SAM and ASAM with the published preset's, else the first."""
     preset, there = PRESETS["published"], list(dict.fromkeys(models.arm))
     rho = {"SAM": preset.rho_sam, "ASAM": preset.rho_asam}.get(arm)
     if rho is None or arm in there:
         return arm
-    return next((name for name in there if name == f"{arm}, rho {rho:g}"), f"{arm}, rho")
+    radii = [name for name in there if name.startswith(f"{arm}, rho ")]
+    return next((name for name in radii if name == f"{arm}, rho {rho:g}"), radii[0] if radii else arm)
 
 
 def compared(measure: str, runs: Mapping[str, Sequence[Result]], prefix: str = "") -> pd.DataFrame:
@@ -300,6 +318,31 @@ def predicts(models: pd.DataFrame, column: str = "top eigenvalue") -> Estimate:
         ranked[name] = models.groupby("task")[name].rank()
     (found,) = bootstrap(ranked, correlations("gap_average", [column], within="task"))
     return found.map(lambda x: float(np.clip(x, -1, 1)))
+
+
+def shuffled(statistic: Statistic, frame: pd.DataFrame, column: str, draws: int = 200, seed: int = 0) -> np.ndarray:
+    """A statistic by chance: a column is shuffled among the arms, the same way for all tasks and seeds.
+
+    Args:
+        statistic: such as `intervals.coefficients` makes.
+        frame: one row a model, with task, seed and arm.
+        column: to be shuffled; a row is left out where the other arm has no model of its task and seed.
+        draws: how often.
+        seed: of the draws.
+
+    Returns:
+        (draws, S).
+
+    Taught in: 07_flatness.
+    """
+    rng, arms = np.random.default_rng(seed), list(dict.fromkeys(frame.arm))
+    there, found = frame.set_index(["task", "seed", "arm"])[column], []
+    for _ in range(draws):
+        other = frame.arm.map(dict(zip(arms, rng.permutation(arms), strict=True)))
+        values = there.reindex(pd.MultiIndex.from_arrays([frame.task, frame.seed, other]))
+        moved = frame.assign(**{column: values.to_numpy()}).dropna(subset=[column])
+        found.append(np.atleast_1d(statistic(moved, np.ones(len(moved)))))
+    return np.stack(found)
 
 
 def judged(folder: Path = PUBLISHED, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:

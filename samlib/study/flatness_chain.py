@@ -23,6 +23,21 @@ SHARPNESS = {"SAM": 0.05, "ASAM": 0.5}  # radii at which every model is probed, 
 TOP = 3  # eigenvalues of each model
 PROBES = 8  # random vectors for the trace
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of the length of the merging perturbation, at which losses along directions are taken
+CANDIDATES = {  # columns of `table` that might predict the merge gap, with their names on the page
+    "top eigenvalue": "largest eigenvalue",
+    "trace": "trace",
+    "SAM sharpness": "sharpness, SAM's",
+    "ASAM sharpness": "sharpness, ASAM's",
+    "along": "curvature along the merge",
+    "test along": "the same on test images",
+    "quadratic": "first and second order",
+    "slope": "length of the gradient",
+    "train loss": "training loss",
+    "norm": "length of the task vector",
+    "length": "distance to the merge",
+    "cosine": "cosine with other task vectors",
+}
+FLATNESS = tuple(CANDIDATES)[:5]  # those of them that say how flat a minimum is
 
 
 def arms(run: Run) -> dict[str, Arm]:
@@ -134,9 +149,9 @@ def table(runs: Sequence[Result]) -> pd.DataFrame:
 
     Returns:
         arm, rho, seed, task; the numbers of `measure` that are single numbers; `points lost` (of test accuracy);
-        `top eigenvalue`;
-        `SAM sharpness`, `ASAM sharpness` (worst); `quadratic` (first + second) and `test along` (curvature along the
-        merging perturbation on test images).
+        `top eigenvalue` and `last eigenvalue` (the first and last of TOP); `energy` (of the merging perturbation within
+        their eigenvectors); `SAM sharpness`, `ASAM sharpness` (worst); `quadratic` and `test quadratic` (first +
+        second); `test along` (curvature along the merging perturbation on test images).
 
     Taught in: 07_flatness.
     """
@@ -146,10 +161,34 @@ def table(runs: Sequence[Result]) -> pd.DataFrame:
             row: dict[str, Any] = {"arm": r["arm"], "rho": r["recipes"][0]["rho"], "seed": r["seed"], "task": task}
             row |= {name: value for name, value in found.items() if isinstance(value, float)}
             row |= {"points lost": 100 * found["test accuracy lost"]}
-            row |= {"top eigenvalue": found["eigenvalues"][0]}
+            row |= {"top eigenvalue": found["eigenvalues"][0], "last eigenvalue": found["eigenvalues"][-1]}
+            row |= {"energy": found["directions"]["merge"]["energy"]}
             row |= {f"{name} sharpness": values["worst"] for name, values in found["sharpness"].items()}
             row |= {"quadratic": found["first"] + found["second"]}
+            row |= {"test quadratic": found["test first"] + found["test second"]}
             rows.append(row | {"test along": 2 * found["test second"] / found["length"] ** 2})
+    return pd.DataFrame(rows)
+
+
+def walks(runs: Sequence[Result]) -> pd.DataFrame:
+    """What `measure` found along its four directions, one row a model, direction and share of the way.
+
+    Args:
+        runs: as for `table`.
+
+    Returns:
+        arm, seed, task, direction, share, `rise` (of the loss, in nats); `energy` and `cosine` (its absolute value),
+        the same for every share.
+
+    Taught in: 07_flatness.
+    """
+    rows = []
+    for r in runs:
+        for task, found in r["tasks"].items():
+            for name, values in found["directions"].items():
+                line = {"arm": r["arm"], "seed": r["seed"], "task": task, "direction": name}
+                line |= {"energy": values["energy"], "cosine": abs(values["cosine"])}
+                rows += [line | {"share": s, "rise": x} for s, x in zip(SHARES, values["rise"], strict=True)]
     return pd.DataFrame(rows)
 
 

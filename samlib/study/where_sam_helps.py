@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from samlib.measure.intervals import bootstrap, mean
 from samlib.model.theta import Theta
 from samlib.notebook.run import Run
 from samlib.study.arms import BASES, Arm, named, recipes
@@ -15,6 +16,8 @@ from samlib.study.campaign import Result, Wanted, once
 from samlib.study.scoring import Bench, basics
 from samlib.train.recipe import Recipe
 from samlib.train.result import Finetuned
+
+BETTER = {"single": +1, "averaging": +1, "task arithmetic": +1, "normalised": +1, "gap_average": -1}  # side of zero
 
 
 def arms(run: Run) -> dict[str, Arm]:
@@ -78,6 +81,31 @@ def gains(runs: Sequence[Result]) -> pd.DataFrame:
                 kept = [r["task arithmetic"]["accuracy"][task] / r["single"]["accuracy"][task] for r in (mine, theirs)]
                 line |= {"normalised": 100 * (kept[0] - kept[1])}
                 rows.append(line | {"gap_average": mine["gap_average"][task] - theirs["gap_average"][task]})
+    return pd.DataFrame(rows)
+
+
+def cells(gains: pd.DataFrame) -> pd.DataFrame:
+    """The map: every gain in every cell, with its interval over seeds and tasks.
+
+    Args:
+        gains: of the function of this name.
+
+    Returns:
+        One row a regime, radius, baseline and quantity: regime (in words), rho, base, value (key of BETTER), effect (an
+        Estimate), mean, and `judged`: +1 where the whole interval lies on SAM's better side, -1 on the other, else 0.
+        Regimes with fewer wrong labels come first, then those with more images, then those with fewer steps.
+
+    Taught in: 07_flatness.
+    """
+    by = ["label_noise", "n_train", "steps", "rho"]
+    gains = gains.sort_values(by, ascending=[True, False, True, True], kind="stable")
+    rows = []
+    for (noise, n, steps, rho, base), part in gains.groupby([*by, "base"], sort=False):
+        regime = f"{steps:,} steps, {n:,} images" + (f", {100 * noise:.0f} % wrong" if noise else "")
+        for value, better in BETTER.items():
+            (effect,) = bootstrap(part, mean(value))
+            line = {"regime": regime, "rho": rho, "base": base, "value": value, "effect": effect}
+            rows.append(line | {"mean": effect.mean, "judged": better * effect.side()})
     return pd.DataFrame(rows)
 
 
