@@ -1,8 +1,8 @@
 """Do two runs of the notebooks say the same? `python -m tools.compare_runs OLD NEW [--rename PATTERN REPLACEMENT]`.
 
-OLD and NEW are folders of executed notebooks, such as build/smoke/executed of two checkouts. Every glued value of the one
-is compared with that of the other: its numbers exactly, whatever words stand around them. A rewrite of the library that
-changes no behaviour leaves no difference but wall-clock times.
+OLD and NEW are folders of executed notebooks, such as build/smoke/executed of two checkouts. Every glued value of the
+one is compared with that of the other: its numbers exactly, whatever words stand around them. A rewrite of the library
+that changes no behaviour leaves no difference but wall-clock times.
 """
 
 from __future__ import annotations

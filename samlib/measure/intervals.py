@@ -123,8 +123,8 @@ def bootstrap(
         seed: of the draws.
 
     Returns:
-        An estimate for each of the S numbers, one for a statistic that is a number; low and high are NaN if a column has
-        a single value, of which nobody knows how much others would differ. Its n is that of the first column's values.
+        An estimate for each of the S numbers, one for a statistic that is a number; low and high are NaN if a column
+        has a single value, of which nobody knows how much others would differ. n counts the first column's values.
 
     Raises:
         ValueError: an empty frame, or too few draws.
