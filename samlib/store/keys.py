@@ -14,12 +14,12 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from numbers import Number
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]  # of samlib
@@ -136,7 +136,7 @@ def _label(value: Any) -> str:
 def _held(value: Any, own: bool) -> Iterator[tuple[str, Any]]:
     """What an object holds that may be run, by name; of the reader's own objects plain values, too."""
     held: Iterable[tuple[str, Any]] = ()
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, MappingProxyType)):
         held = ((repr(name), one) for name, one in value.items())
     elif isinstance(value, (set, frozenset)):
         held = (("", one) for one in sorted(value, key=_label))
@@ -210,14 +210,18 @@ def _looked_up(code: CodeType) -> set[str]:
 def _imported(code: CodeType) -> Iterator[tuple[str, Any]]:
     """What a function imports when it runs, but for installed packages."""
     for one in _codes(code):
-        module, alone = "", False
-        steps = [*dis.get_instructions(one)]
-        for step, after in zip(steps, [*steps[1:], None], strict=True):
+        found: dict[str, set[str]] = {}
+        module = ""
+        for step in dis.get_instructions(one):
             if step.opname == "IMPORT_NAME":
-                module, alone = step.argval, after is None or after.opname != "IMPORT_FROM"
-            if (step.opname == "IMPORT_FROM" or (step.opname == "IMPORT_NAME" and alone)) and not _installed(module):
-                found = importlib.import_module(module)
-                yield f"{module} {step.argval}", getattr(found, step.argval, found)
+                module = step.argval
+                found.setdefault(module, set())
+            elif step.opname == "IMPORT_FROM":
+                found[module].add(step.argval)
+        for module, names in found.items():
+            if not _installed(module):
+                loaded = importlib.import_module(module)
+                yield from ((f"{module} {name}", getattr(loaded, name, loaded)) for name in sorted(names) or [""])
 
 
 # Modules
