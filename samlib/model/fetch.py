@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from samlib.model import (
-    registry,
-    weights,  # whatever loads torch is imported where it is needed: mistakes are told at once
-)
+from samlib.model import registry, weights  # what loads torch is imported where it is needed: mistakes are told at once
 
 
 def main() -> None:
-    """Fetch a model, and tasks as large as it reads them: `python -m samlib.model.fetch mnist dtd --model ViT-B-32/openai`.
+    """Fetch a model, and tasks as large as it reads them: `python -m samlib.model.fetch dtd --model ViT-B-32/openai`.
 
     Taught in: 03_models_and_tasks.
     """

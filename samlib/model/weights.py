@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from samlib.data import catalogue, hub
 from samlib.data.catalogue import task_folder
 from samlib.model import registry
+from samlib.store.files import cache_folder, images_folder
 
 WEIGHTS = "open_clip_model.safetensors"  # open_clip's file of weights; its pickled twin is not read
 
@@ -25,10 +26,11 @@ def need(model: str, tasks: Sequence[str] = ()) -> None:
 
     Raises:
         KeyError: no such task.
-        ValueError: no such model.
+        ValueError: no such model, or nothing can be stored here.
         ConnectionError: something is neither here nor to be had; the message lists all of it.
     """
     registry.check(model)
+    cache_folder(), images_folder()
     size = registry.image_size(model)
     missing = [task for task in tasks if not task_folder(task) and not catalogue.decoded(task, size).is_dir()]
     if constants.HF_HUB_OFFLINE:

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 ABANDONED = 3600  # seconds without a write, after which unfinished work is nobody's
 
 
 def cache_folder() -> Path:
-    """Where everything stored between runs lives: $SAMLIB_CACHE, by default ~/.cache/samlib."""
-    return Path(os.environ.get("SAMLIB_CACHE", Path.home() / ".cache" / "samlib"))
+    """Where everything stored between runs lives: $SAMLIB_CACHE, by default ~/.cache/samlib.
+
+    Raises:
+        ValueError: it is no folder that can be written to, or there is no home folder.
+    """
+    try:
+        return _writable("SAMLIB_CACHE", lambda: Path.home() / ".cache" / "samlib")
+    except RuntimeError:
+        raise ValueError("there is no home folder here: let SAMLIB_CACHE name a folder for what is stored") from None
 
 
 def images_folder() -> Path:
-    """Where decoded images live, which are large and can be made again: $SAMLIB_IMAGES, by default in `folder`."""
-    return Path(os.environ.get("SAMLIB_IMAGES", cache_folder() / "images"))
+    """Where decoded images live, which are large and can be made again: $SAMLIB_IMAGES, by default in `cache_folder`.
+
+    Raises:
+        ValueError: as `cache_folder`.
+    """
+    return _writable("SAMLIB_IMAGES", lambda: cache_folder() / "images")
+
+
+def _writable(variable: str, usual: Callable[[], Path]) -> Path:
+    """The folder that an environment variable names, or else the usual one; it need not be there yet."""
+    named = os.environ.get(variable)
+    if named == "":
+        raise ValueError(f"{variable} is empty: let it name a folder, or unset it")
+    folder = Path(named) if named else usual()
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        wrong = "cannot be written to" if os.path.isdir(there) else "is no folder"
+        raise ValueError(f"{there} {wrong}: let {variable} name a folder for what is stored between runs")
+    return folder
 
 
 @contextmanager
@@ -52,16 +77,41 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which is let go when the process ends, however that ends.
+
+    Some network drives have no locks: there everybody gets in.
+
+    Args:
+        path: of the lock file; its folder is made.
+        wait: until nobody else holds it.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BlockingIOError(f"{path} is held by another process") from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Wait until nobody else is making `path`, and remove what killed ones left of it.
 
     Args:
-        path: what the block makes by `replacing`, if it is not there by then.
+        path: what the block makes by `replacing`, if it is not there by then; where there are no locks two may make
+            the same, and one of them wins.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        with suppress(OSError):  # some network drives have no locks: then two may make the same, and one of them wins
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+    with locked(path.with_name(f".{path.name}.lock")):
         for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
             newest = max(file.stat().st_mtime for file in (left, *left.rglob("*")))
             if time.time() - newest > ABANDONED:  # else another machine, whose lock is not seen here, may be at it

@@ -1,20 +1,32 @@
-"""Keys that name results by what decides them, their code included."""
+"""Keys that name results by what decides them, their code included.
+
+Of samlib whole modules count, as they were when this one was imported: that is the code which runs until Python is
+started again. Of a notebook, or of modules of the reader's own, the compiled code counts. Installed packages do not;
+stamps tell their versions.
+"""
 
 from __future__ import annotations
 
 import ast
+import dis
 import hashlib
-import inspect
+import importlib
+import importlib.util
 import json
-import textwrap
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
+from numbers import Number
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]  # of samlib
-APART = "notebook"  # samlib's package whose code decides no result: it hands on values, which are in the keys
+APART = "samlib.notebook"  # the package whose code decides no result: it hands on values, which are in the keys
+HELD = ("func", "args", "keywords", "__func__", "__self__", "__wrapped__", "fget", "fset", "fdel")  # by what wraps
+PROSE = {"__doc__", "__firstlineno__", "__static_attributes__"}  # names in the body of a class that decide nothing
+OUTSIDE = PROSE | {"__module__", "__dict__", "__weakref__", "__builtins__", "__file__", "__cached__", "__spec__"}
 
 
 def key(value: Any) -> str:
@@ -45,138 +57,255 @@ def code_of(fn: Callable[..., Any]) -> str:
 
     That is the function itself, the functions, classes and plain values that it names (in a notebook they are cells of
     the page), and every module of samlib from which one of them comes, with those which these import. Comments, layout
-    and docstrings do not count, nor does the package `notebook`.
+    and docstrings do not count, nor does the package `notebook`. Tensors and other objects that a function names do
+    not count: they belong to a result's parameters.
 
     Args:
         fn: a function, a lambda, a class, or what functools.partial or a decorator made of one.
 
+    Raises:
+        RuntimeError: a module of samlib is no longer the one that runs.
+
     Taught in: 01_why_merging_interferes.
     """
-    parts: dict[str, str] = {}
-    _follow(fn, parts)
-    return key(parts)
+    modules: set[str] = set()
+    trace = list(_trace(fn, {}, modules))
+    return key([trace, {name: _running(name) for name in _with_imports(modules)}])
 
 
-def library() -> str:
-    """A key of all of samlib's code."""
-    return key({str(file.relative_to(ROOT)): _source(file) for file in sorted(ROOT.rglob("*.py"))})
+def library(root: Path = ROOT) -> str:
+    """A key of all of samlib's code as it is on the disk now, for what runs in processes of its own.
+
+    Args:
+        root: folder of samlib.
+    """
+    return key({name: without_prose(text) for name, (_, text) in _texts(root).items()})
 
 
-def _follow(thing: Any, parts: dict[str, str]) -> None:
-    """Add the code of a function, class or module, and of what it names, to `parts`, by name."""
-    if hasattr(thing, "func") and hasattr(thing, "keywords"):  # functools.partial
-        for one in (thing.func, *thing.args, *thing.keywords.values()):
-            _follow(one, parts)
+# Objects
+
+
+def _trace(value: Any, seen: dict[int, int], modules: set[str], above: tuple[int, ...] = ()) -> Iterator[str]:
+    """A value in words: what it is, where it comes from and what it holds.
+
+    Args:
+        value: anything.
+        seen: numbers of the functions, classes and modules so far, by id.
+        modules: samlib's modules that are met are added.
+        above: ids of what holds the value.
+    """
+    plain, lasting = _plain(value), isinstance(value, (FunctionType, type, ModuleType))
+    if plain is not None or id(value) in seen or id(value) in above:
+        yield plain or f"number {seen.get(id(value))}"
         return
-    if isinstance(thing, ModuleType):
-        parts |= _module(thing.__name__)
-        return
-    if not isinstance(thing, (FunctionType, type)):
-        thing = getattr(thing, "__func__", None) or getattr(thing, "__wrapped__", None) or type(thing)
-    thing = inspect.unwrap(thing)
-    module = thing.__module__
-    if module.split(".")[0] == "samlib":
-        parts |= _module(module)
-    elif not _installed(module):
-        name = f"{module}.{thing.__qualname__}"
-        if name not in parts:
-            parts[name] = _own_source(thing)
-            for other, value in _named(thing):
-                if isinstance(value, (FunctionType, type, ModuleType)) or hasattr(value, "func"):
-                    _follow(value, parts)
-                else:
-                    parts.setdefault(f"{name}: {other}", _plain(value))
+    if lasting:
+        seen[id(value)] = len(seen)
+    module = _home(value)
+    if _of_samlib(module):
+        modules.add(module)
+    yield _label(value)
+    for name, held in _held(value, own=not (_of_samlib(module) or _installed(module))):
+        yield name
+        yield from _trace(held, seen, modules, (*above, id(value)))
 
 
-def _named(thing: Any) -> Iterator[tuple[str, Any]]:
-    """What a function or class names: globals, what its closure holds, and defaults of its parameters."""
-    functions = [thing] if isinstance(thing, FunctionType) else [f for f in vars(thing).values() if callable(f)]
-    for function in functions:
-        function = inspect.unwrap(function)
-        if not isinstance(function, FunctionType):
-            continue
-        for name in sorted(_names(function.__code__)):
-            if name in function.__globals__:
-                yield name, function.__globals__[name]
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                yield name, cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-        yield f"{function.__name__} defaults", (function.__defaults__, *(function.__kwdefaults__ or {}).items())
-
-
-def _names(code: CodeType) -> set[str]:
-    """Names that a function's code looks up, those of inner functions included."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
-
-
-def _plain(value: Any) -> str:
-    """A constant as text, or nothing where it is none: what may change is what a result's parameters are for."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_plain, value))})"
-    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else ""
-
-
-def _own_source(thing: Any) -> str:
-    """Of a function or class outside of samlib, without prose; of a lambda its compiled code."""
+def _plain(value: Any) -> str | None:
+    """A value in text if it is a plain one."""
+    if isinstance(value, (bytes, Number)):
+        return repr(value)
     try:
-        return without_prose(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError):
-        code = getattr(thing, "__code__", None)
-        return repr(thing) if code is None else _compiled(code)
+        return json.dumps(sorted(value) if isinstance(value, (set, frozenset)) else value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
-def _compiled(code: CodeType) -> str:
-    constants = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return repr([code.co_code, code.co_names, code.co_varnames, constants])
+def _home(value: Any) -> str:
+    """The module that an object comes from: of a function that of its code, whatever a decorator says."""
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, FunctionType):
+        return str(value.__globals__.get("__name__"))
+    return str(getattr(value, "__module__", None) or type(value).__module__)
 
 
+def _label(value: Any) -> str:
+    name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
+    return f"{type(value).__qualname__} {_home(value)}.{name}"
+
+
+def _held(value: Any, own: bool) -> Iterator[tuple[str, Any]]:
+    """What an object holds that may be run, by name; of the reader's own objects plain values, too."""
+    held: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, (dict, MappingProxyType)):
+        held = ((repr(name), one) for name, one in value.items())
+    elif isinstance(value, (set, frozenset)):
+        held = (("", one) for one in sorted(value, key=_label))
+    elif isinstance(value, (list, tuple)):
+        held = (("", one) for one in value)
+    elif isinstance(value, ModuleType):
+        held = vars(value).items() if own else ()
+    elif isinstance(value, type):
+        held = [("bases", value.__bases__), *vars(value).items()] if own else ()
+    else:
+        wraps = [name for name in HELD if hasattr(type(value), name) or name in _state(value)]
+        yield from ((name, getattr(value, name)) for name in wraps)
+        if isinstance(value, FunctionType):
+            held = _of_function(value, own)
+        elif own or _of_samlib(_home(value)):
+            held = [("class", type(value)), *_state(value).items()]
+        held = (item for item in held if own or _plain(item[1]) is None)
+    yield from ((name, one) for name, one in held if name not in OUTSIDE)
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """Attributes of an instance."""
+    slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(value, name))
+    return {name: getattr(value, name) for name in slots if name != "__dict__"} | getattr(value, "__dict__", {})
+
+
+def _of_function(function: FunctionType, own: bool) -> Iterator[tuple[str, Any]]:
+    code, names = function.__code__, function.__globals__
+    if own:
+        yield "code", _compiled(code)
+        yield from ((name, names[name]) for name in sorted(_looked_up(code)) if name in names)
+        yield from _imported(code)
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            yield name, cell.cell_contents
+    yield "defaults", [function.__defaults__, function.__kwdefaults__]
+
+
+# Compiled code
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions and classes in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _compiled(code: CodeType) -> list[Any]:
+    """What a function's code does: of comments, docstrings and places of lines nothing is left."""
+    steps: list[Any] = []
+    for step in dis.get_instructions(code):
+        value = step.argval
+        if step.opname == "STORE_NAME" and value in PROSE:
+            steps.pop()  # its value
+        elif isinstance(value, CodeType):
+            steps.append([step.opname, _compiled(value)])
+        else:
+            steps.append([step.opname, sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)])
+    counts = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & 12]  # 12: * and **
+    return [steps, counts, code.co_varnames, getattr(code, "co_exceptiontable", b"").hex()]
+
+
+def _looked_up(code: CodeType) -> set[str]:
+    """Global names that a function's code looks up."""
+    steps = (step for one in _codes(code) for step in dis.get_instructions(one))
+    return {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+
+
+def _imported(code: CodeType) -> Iterator[tuple[str, Any]]:
+    """What a function imports when it runs, but for installed packages."""
+    for one in _codes(code):
+        found: dict[str, set[str]] = {}
+        module = ""
+        for step in dis.get_instructions(one):
+            if step.opname == "IMPORT_NAME":
+                module = step.argval
+                found.setdefault(module, set())
+            elif step.opname == "IMPORT_FROM":
+                found[module].add(step.argval)
+        for module, names in found.items():
+            if not _installed(module):
+                loaded = importlib.import_module(module)
+                yield from ((f"{module} {name}", getattr(loaded, name, loaded)) for name in sorted(names) or [""])
+
+
+# Modules
+
+
+def _of_samlib(module: str) -> bool:
+    return module.split(".")[0] == "samlib"
+
+
+@cache
 def _installed(module: str) -> bool:
-    """Whether a module belongs to Python or to an installed package, whose versions the stamps tell."""
-    import sys
-
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if module == "__main__" or module not in sys.modules:
+    """Whether a module belongs to Python or to an installed package."""
+    top = module.split(".")[0]
+    if top in sys.stdlib_module_names or top == "__main__":
+        return top != "__main__"
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # a module without a file
         return False
-    return file is None or "site-packages" in file or file.startswith(sys.base_prefix)
+    places = [spec.origin or "", *(spec.submodule_search_locations or [])] if spec else []
+    return any({"site-packages", "dist-packages"} & {*Path(place).parts} for place in places)
 
 
-def _module(name: str) -> dict[str, str]:
-    """Sources of one of samlib's modules and of all that it imports, by module."""
-    if name.split(".")[0] != "samlib":
-        return {}
-    found: dict[str, str] = {}
-    todo = {name}
-    while todo:
-        one = todo.pop()
-        file = _file(one)
-        if file is None or one in found or one.split(".")[1:2] == [APART]:
-            continue
-        found[one] = _source(file)
-        todo |= set(_imports(file))
+def _texts(root: Path) -> dict[str, tuple[Path, str]]:
+    """The files below samlib's folder and what is in them, by module."""
+    found = {}
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        name = ".".join(("samlib", *(part for part in parts if part != "__init__")))
+        found[name] = file, file.read_text("utf-8")
     return found
 
 
-def _file(name: str) -> Path | None:
-    path = ROOT.joinpath(*name.split(".")[1:])
-    files = (path.with_suffix(".py"), path / "__init__.py")
-    return next((file for file in files if file.is_file()), None)
+_TEXTS = _texts(ROOT)
+
+
+def _running(module: str) -> str:
+    """A key of the code of one of samlib's modules.
+
+    Raises:
+        RuntimeError: its file has other code now.
+    """
+    file, text = _TEXTS[module]
+    try:
+        same = file.read_text("utf-8") == text or without_prose(file.read_text("utf-8")) == without_prose(text)
+    except (OSError, SyntaxError):
+        same = False
+    if not same:
+        raise RuntimeError(
+            f"{file} has changed since it was loaded: restart Python, so that what runs is what is there"
+        )
+    return _without_prose(module)
 
 
 @cache
-def _imports(file: Path) -> tuple[str, ...]:
-    """Modules of samlib that a file imports, anywhere in it."""
-    found = []
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "samlib":
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] == "samlib"]
-    return tuple(name for name in found if name and _file(name))
+def _without_prose(module: str) -> str:
+    return key(without_prose(_TEXTS[module][1]))
+
+
+def _with_imports(modules: Collection[str]) -> list[str]:
+    """Modules of samlib and all that they import, sorted; in place of a package all that is in it."""
+    found: set[str] = set()
+    todo = set(modules)
+    while todo:
+        one = todo.pop()
+        if one in found or f"{one}.".startswith(f"{APART}."):
+            continue
+        if one not in _TEXTS:
+            raise RuntimeError(f"{one} is newer than what is loaded of samlib: restart Python")
+        found.add(one)
+        todo |= _imports(one)
+        if _TEXTS[one][0].name == "__init__.py":
+            todo |= {name for name in _TEXTS if name.startswith(f"{one}.")}
+    return sorted(found)
 
 
 @cache
-def _source(file: Path) -> str:
-    return without_prose(file.read_text("utf-8"))
+def _imports(module: str) -> set[str]:
+    """Modules of samlib that one of them imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(_TEXTS[module][1])):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in _TEXTS else node.module for one, name in inside.items() if one[:2] != "__"}
+    return {name for name in found if _of_samlib(name)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import importlib
 import importlib.util
 import os
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from samlib.model import weights
 from samlib.notebook.parameters import PARAMETERS, check, needs
 from samlib.store.files import (
+    locked,
     read_json,
     replacing,
     write_json,  # what is slow to load is imported where it is needed: mistakes are told at once
@@ -151,10 +151,9 @@ def execute(sweep: Sweep, places: Sequence[str | None] | None) -> dict[Path, str
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """The folder for one sweep at a time, without what killed ones left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise ValueError(f"another sweep is writing to {folder}: wait for it, or choose another --out") from None
         for left in folder.glob(".running-*"):

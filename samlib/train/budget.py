@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -217,6 +216,10 @@ def peak_memory(device: str | torch.device) -> int:
     if status.exists():  # what getrusage says would be that of the parent, if that was larger
         (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
         return int(peak) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # macOS has it, Windows has not
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

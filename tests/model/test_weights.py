@@ -172,4 +172,4 @@ def test_mistakes_and_a_missing_network_are_told_before_anything_slow_is_loaded(
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode and re.search(message, done.stderr), done.stderr
     loaded = SLOW & set(done.stdout.split("LOADED")[1].split())
-    assert loaded <= ({"torch"} if "load(" in code else set())  # modules about tensors begin with torch
+    assert loaded <= ({"torch"} if "; load_" in code else set())  # modules about tensors begin with torch
