@@ -36,6 +36,7 @@ from samlib.notebook.presets import PRESETS
 from samlib.store.files import read_json, write_json
 from samlib.store.keys import without_prose
 from tools.check_offline import problems
+from tools.page_tables import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
@@ -344,6 +345,8 @@ def stage(paths: Paths, names: Sequence[str]) -> None:
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(paths.root / name, paths.stage / name)
     shutil.copytree(paths.root / "book", paths.stage / "book")
+    for page in (paths.stage / "book").rglob("*.md"):
+        page.write_text(filled(page.read_text(encoding="utf-8"), paths.root / "book" / "published"), encoding="utf-8")
     for name in names:
         source = read_notebook(paths.root / "notebooks" / f"{name}.ipynb")
         notebook = combine(source, read_notebook(paths.executed / f"{name}.ipynb"))
