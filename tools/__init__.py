@@ -1,0 +1,1 @@
+"""Scripts around the book: building it (`build_book`), checking and comparing runs, and how the testbed was made."""

@@ -1,7 +1,7 @@
 """What every notebook needs around its experiment: `begin` checks the parameters and gives a `Run`.
 
-`run` is that, `presets` are the sizes, `parameters` what a parameter may be; `plot` draws, `page` hands numbers to the
-text. Nothing here decides a result.
+`presets` are the sizes of a run (smoke, laptop, published, paper), `parameters` what a parameter may be, `run` is what
+`begin` gives; `plot` draws, `page` hands numbers to the text. What decides a result is handed on from here as values.
 """
 
 import lazy_loader

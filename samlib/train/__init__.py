@@ -1,6 +1,7 @@
-"""Fine-tuning with AdamW, SAM, ASAM or RWP: `sam` is the optimiser, `finetune` the loop, `recipe` what decides a run.
+"""Fine-tuning with AdamW, SAM, ASAM or RWP: `sam` is the optimiser, `loop` the training, `recipe` what decides a run.
 
-`schedule` is the learning rate, `budget` tells memory and hours before a run begins, `device` chooses where.
+`finetune` trains what is not stored yet, `result` stores it; `beside` (averages, looks, checkpoints), `distributed` and
+`schedule` stand beside the loop. `budget` tells what memory and hours a run will take before it begins, `device` where.
 `python -m samlib.train` fine-tunes one recipe.
 """
 
