@@ -34,8 +34,8 @@ def gpu(folder: Path) -> str:
         f"Measured on {_device(stamp)}, PyTorch {stamp['torch']}, with ViT-B/32 at random weights and batches of 128 "
         f"images (median and quartiles of paired steps; commit {stamp['commit']}):\n\n{table}\n\n"
         f"A step of SAM in fp32 took {memory['bytes, measured'] / 1e9:.2f} GB where the estimate says "
-        f"{memory['bytes, predicted'] / 1e9:.2f}. A run that was killed and went on ended in weights that differ from those "
-        f"of an undisturbed run by {values['resumed']['largest difference']:g}."
+        f"{memory['bytes, predicted'] / 1e9:.2f}. A run that was killed and went on ended in weights that differ from "
+        f"those of an undisturbed run by {values['resumed']['largest difference']:g}."
     )
 
 
