@@ -81,10 +81,7 @@ class TestNotebook:
             f'    %pip install --quiet "samlib @ git+{REPOSITORY}@v{samlib.__version__}"'
         )
         assert build_book.tags(others[0]) == ["parameters", "hide-input"]
-        assert (
-            others[1].source.startswith("from samlib.notebook.run import begin  #")
-            and "import" not in others[1].source[39:]
-        )
+        assert others[1].source.startswith("from samlib import begin  #") and "import" not in others[1].source[25:]
 
     def test_has_no_widget_that_can_block_papermill(self, path):
         assert not re.search(r"\binteract(ive|ive_output)?\b", text_of(path, "code")), "use plot.slide"
