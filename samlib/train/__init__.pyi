@@ -1,4 +1,5 @@
-from .finetune import Finetuned, finetune_many
+from .finetune import finetune_many
+from .loop import Finetuned
 from .recipe import Recipe
 from .sam import SAM
 from .schedule import lr_at

@@ -77,7 +77,7 @@ class TestNotebook:
         assert build_book.tags(install) == ["remove-cell"]
         assert install.source == (
             "import importlib.util\n\n"
-            'if importlib.util.find_spec("samlib") is None:  # in Colab; the PyTorch that is there stays\n'
+            'if importlib.util.find_spec("samlib") is None:  # in Colab; PyTorch stays\n'
             f'    %pip install --quiet "samlib @ git+{REPOSITORY}@v{samlib.__version__}"'
         )
         assert build_book.tags(others[0]) == ["parameters", "hide-input"]

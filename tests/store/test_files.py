@@ -36,7 +36,7 @@ def python(code: str, **environment: str | None) -> subprocess.CompletedProcess[
 
 # Where things are stored
 
-BEGIN = "from samlib.notebook.run import begin; print(begin('demo', preset='smoke', device='cpu').cache)"
+BEGIN = "from samlib.notebook.run import begin; print(begin('demo', {'preset': 'smoke', 'device': 'cpu'}).cache)"
 
 
 @pytest.mark.parametrize(

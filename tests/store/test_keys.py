@@ -231,7 +231,7 @@ from samlib import merge
 from samlib.measure import interference
 from samlib.notebook.run import begin
 
-run, computed = begin("demo", preset="smoke", device="cpu"), collections.deque()
+run, computed = begin("demo", {"preset": "smoke", "device": "cpu"}), collections.deque()
 
 def merged():
     computed.append("merged")
