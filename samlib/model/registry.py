@@ -6,9 +6,8 @@ import difflib
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,8 @@ WEIGHTS = FOLDER / "model" / "model.safetensors"
 CONFIG = WEIGHTS.with_name("config.json")  # of the architecture
 TESTBED = "testbed"  # name of the embedded model
 RANDOM = "random"  # in place of a tag: no pre-trained weights
+TABLE = Path(__file__).with_name("open_clip_models.json")  # by tools/open_clip_table.py; to ask open_clip takes seconds
+TOLD = ("hf_hub", "mean", "std", "interpolation", "resize_mode", "quick_gelu")  # of weights, in the table
 
 
 def parts(model: str) -> tuple[str, str, Path | None]:
@@ -38,36 +39,37 @@ def check(model: str) -> None:
     if model == TESTBED:
         return
     name, tag, file = parts(model)
-    if name not in _architectures() or not (tag or file):
-        close = difflib.get_close_matches(name, _architectures(), 3)
+    row = _row(model)
+    if row is None or not (tag or file):
+        close = difflib.get_close_matches(name, _names(), 3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model must be 'testbed' or such as 'ViT-B-32/openai', not {model!r}{hint}")
-    config = _architectures()[name]
-    if "hf_tokenizer_name" in config["text_cfg"] or "image_size" not in config["vision_cfg"]:
+    if row["size"] is None:
         raise ValueError(f"{name} is no CLIP with CLIP's own tokenizer, such as ViT-B-32, ViT-B-16 or ViT-L-14")
     if file and not (file.suffix == ".safetensors" and file.is_file()):
         raise ValueError(f"the weights {file} of {name} are no safetensors file")
-    tags = _pretrained().list_pretrained_tags_by_model(name)
+    tags = row["tags"]
     if tag not in (*tags, RANDOM, *([""] if file else [])):
         raise ValueError(f"open_clip has no weights {tag!r} for {name}, only {', '.join(tags) or 'none'}")
     told = released(model)
-    if told.get("interpolation", "bicubic") != "bicubic" or told.get("resize_mode", "shortest") != "shortest":
+    if "interpolation" in told or "resize_mode" in told:
         raise ValueError(f"{model} reads images that are not resized as CLIP's are: choose other weights")
     if tag in tags and not file and told.get("hf_hub", "").rstrip("/").count("/") != 1:
         raise ValueError(f"the weights {tag!r} of {name} are not on the hub as safetensors: choose other ones")
 
 
 def released(model: str) -> dict[str, Any]:
-    """What open_clip says of the weights that a model's tag names, such as their place `hf_hub`; {} without a tag."""
-    name, tag, _ = parts(model)
-    return dict(_pretrained().get_pretrained_cfg(name, tag)) if tag not in ("", RANDOM) else {}
+    """What open_clip says of the weights that a model's tag names: their place `hf_hub`, and where it is not CLIP's the
+    activation or how pixels are scaled; {} without a tag."""
+    tag = parts(model)[1]
+    told: dict[str, Any] = (_row(model) or {"tags": {}})["tags"].get(tag.lower().replace("-", "_"), {})
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 
 
 def image_size(model: str) -> int:
     """Pixels a side that a model reads."""
-    if model == TESTBED:
-        return SIZE
-    return int(_architectures()[parts(model)[0]]["vision_cfg"]["image_size"])
+    row = None if model == TESTBED else _row(model)
+    return int(row["size"]) if row else SIZE
 
 
 def identity(model: str) -> str:
@@ -82,42 +84,47 @@ def identity(model: str) -> str:
     return f"{model} {importlib.metadata.version('torch')}" if tag == RANDOM else model
 
 
-def _architectures() -> dict[str, Any]:
-    """open_clip's configurations, by name; once it is loaded also those added with `open_clip.add_model_config`."""
+def table_row(open_clip: ModuleType, name: str) -> dict[str, Any]:
+    """What samlib reads of a model of open_clip.
+
+    Args:
+        open_clip: the module.
+        name: of the model.
+
+    Returns:
+        `size`, in pixels a side, None unless it is a CLIP with CLIP's own tokenizer; and `tags`, by the name of
+        pre-trained weights: those of TOLD that are not CLIP's usual ones.
+    """
+    config, usual = open_clip.get_model_config(name), vars(open_clip.transform.PreprocessCfg())
+    size = None if "hf_tokenizer_name" in config["text_cfg"] else config["vision_cfg"].get("image_size")
+    tags = {}
+    for tag in open_clip.list_pretrained_tags_by_model(name) if size else ():
+        told = open_clip.get_pretrained_cfg(name, tag)
+        tags[tag] = {key: told[key] for key in TOLD if key in told and told[key] != usual.get(key)}
+    return {"size": size, "tags": tags}
+
+
+def _row(model: str) -> dict[str, Any] | None:
+    """A model's row: of the table, or of open_clip itself once it is loaded; None if there is no such model.
+
+    What the table lacks and another version of open_clip may have is worth loading it.
+    """
+    name, tag, _ = parts(model)
+    row: dict[str, Any] | None = _table()["models"].get(name)
+    if "open_clip" not in sys.modules:
+        found = row is not None and tag in (*row["tags"], RANDOM, "")
+        if found or importlib.metadata.version("open_clip_torch") == _table()["version"]:
+            return row
+    open_clip = importlib.import_module("open_clip")
+    return table_row(open_clip, name) if name in open_clip.list_models() else None
+
+
+def _names() -> list[str]:
+    """Of all models."""
     loaded = sys.modules.get("open_clip")
-    added = set(loaded.list_models()) - set(_configurations()) if loaded else ()
-    return _configurations() | {name: loaded.get_model_config(name) for name in added if loaded}
+    return loaded.list_models() if loaded else list(_table()["models"])
 
 
-def _pretrained() -> ModuleType:
-    """open_clip's table of pre-trained weights."""
-    return sys.modules.get("open_clip.pretrained") or _table()
-
-
-# To import open_clip takes many seconds, so both are read from its files.
-
-
-@lru_cache(maxsize=1)
-def _configurations() -> dict[str, Any]:
-    return {path.stem: read_json(path) for path in sorted((_open_clip() / "model_configs").glob("*.json"))}
-
-
-@lru_cache(maxsize=1)
-def _table() -> ModuleType:
-    package = ModuleType("samlib._open_clip")  # open_clip's folder without what its __init__ loads
-    package.__path__ = [str(_open_clip())]
-    sys.modules[package.__name__] = package
-    loaded = sys.modules.get("safetensors.torch")
-    sys.modules["safetensors.torch"] = None  # type: ignore[assignment]  # would load torch; the table works without
-    try:
-        return importlib.import_module(".pretrained", package.__name__)
-    finally:
-        del sys.modules["safetensors.torch"]
-        if loaded:
-            sys.modules["safetensors.torch"] = loaded
-
-
-def _open_clip() -> Path:
-    package = importlib.util.find_spec("open_clip")
-    assert package and package.submodule_search_locations, "open_clip is a dependency of samlib"
-    return Path(package.submodule_search_locations[0])
+@cache
+def _table() -> Any:
+    return read_json(TABLE)

@@ -29,6 +29,8 @@ def another_open_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name != "model_configs":
             (package / path.relative_to(original)).symlink_to(path)
     (package / "model_configs" / "tiny-ViT.json").write_text(json.dumps(SMALL_VIT))
+    (package.parent / "open_clip_torch-99.dist-info").mkdir()
+    (package.parent / "open_clip_torch-99.dist-info" / "METADATA").write_text("Name: open_clip_torch\nVersion: 99\n")
     return package.parent
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -237,14 +240,39 @@ def test_batch_norms_are_refused() -> None:
 
 
 def test_what_is_known_without_open_clip_is_what_open_clip_knows() -> None:
-    table = registry._table()
-    assert table is not sys.modules["open_clip.pretrained"] and set(registry._configurations()) <= set(
-        open_clip.list_models()
-    )
-    pairs = [(name, tag) for name, tag in open_clip.list_pretrained() if name != "tiny-ViT"]
-    assert len(pairs) > 100 and all(
-        table.get_pretrained_cfg(*pair) == open_clip.get_pretrained_cfg(*pair) for pair in pairs
-    )
-    for name, config in registry._configurations().items():
-        assert config == open_clip.get_model_config(name)
-        assert table.list_pretrained_tags_by_model(name) == open_clip.list_pretrained_tags_by_model(name)
+    """If it fails after open_clip was updated: `python -m tools.open_clip_table`."""
+    shipped = registry._table()
+    assert shipped["version"] == importlib.metadata.version("open_clip_torch")
+    names = [name for name in open_clip.list_models() if name != "tiny-ViT"]
+    assert list(shipped["models"]) == names and len(names) > 100
+    usual = asdict(open_clip.transform.PreprocessCfg())
+    for name, row in shipped["models"].items():
+        assert row == json.loads(json.dumps(registry.table_row(open_clip, name)))
+        for tag, told in row["tags"].items():
+            config = open_clip.get_pretrained_cfg(name, tag)
+            assert all(
+                told.get(key, usual.get(key, False)) == config.get(key, False) for key in ("hf_hub", "quick_gelu")
+            )
+            for key in ("mean", "std", "interpolation", "resize_mode"):
+                assert tuple(told.get(key, usual[key])) == tuple(config.get(key, usual[key]))
+    assert shipped["models"]["ViT-B-32"]["tags"]["openai"]["quick_gelu"] is True
+
+
+def test_another_open_clip_is_asked_for_what_the_table_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded for that alone."""
+    asked: list[str] = []
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        return open_clip
+
+    monkeypatch.delitem(sys.modules, "open_clip")
+    monkeypatch.setattr(registry.importlib, "import_module", load)
+    shipped = registry._table()["models"]["ViT-B-32"]
+    lacking = {"size": 224, "tags": {"laion400m_e31": shipped["tags"]["laion400m_e31"]}}
+    monkeypatch.setattr(registry, "_table", lambda: {"version": "1", "models": {"ViT-B-32": lacking}})
+    registry.check("ViT-B-32/laion400m_e31")
+    assert asked == [] and registry.image_size("ViT-B-32/random") == 224
+    registry.check("ViT-B-16/random")
+    registry.check("ViT-B-32/openai")
+    assert set(asked) == {"open_clip"}
