@@ -7,10 +7,10 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samlib.merge.method import METHODS, added, task_vectors
-from samlib.model.theta import check_fit, check_values
+from samlib.model.theta import Lazy, check_fit, check_values
 from samlib.rules import check, none, whole
 from samlib.store.files import read_json, unreadable, write_json
 from samlib.store.keys import key
@@ -28,7 +28,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: {"weight_map": {tensor: file}}
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(Lazy):
     """A safetensors checkpoint whose tensors are read from the disk when they are asked for, and not kept.
 
     A file is opened anew for every tensor: while it stays open, all that was read from it stays mapped into memory.
@@ -45,7 +45,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         like: dict[str, Tensor] = {}
-        self._places: dict[str, Path] = {}
+        places: dict[str, Path] = {}
         for file in _files(path):
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (no dictionary)
@@ -54,18 +54,14 @@ class Checkpoint(Mapping[str, Tensor]):
                     if code not in DTYPES:
                         raise ValueError(f"tensor {name!r} of {file} is {code}: only floating point can be merged")
                     like[name] = torch.empty(form.get_shape(), dtype=DTYPES[code], device="meta")
-                    self._places[name] = file
+                    places[name] = file
         self.like = dict(sorted(like.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
-    def __getitem__(self, name: str) -> Tensor:
-        with _open(self._places[name]) as tensors:
-            return tensors.get_tensor(name)
+        def read(name: str) -> Tensor:
+            with _open(places[name]) as tensors:
+                return tensors.get_tensor(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.like)
-
-    def __len__(self) -> int:
-        return len(self.like)
+        super().__init__(self.like, read)
 
 
 def merge_files(
@@ -118,12 +114,14 @@ def merge_files(
         combine = plan(theta_0, thetas, **settings)
         with tqdm(total=len(theta_0), desc=f"merging by {method}", unit="tensor", disable=not show) as bar:
             for file, names in shards.items():
-                with _Writer(scratch / file, {name: theta_0.like[name] for name in names}, metadata) as writer:
-                    bar.update(writer.done)
-                    for name in names[writer.done :]:
-                        w, taus = theta_0[name], task_vectors(theta_0, thetas, name)
+                stream, done = _begin(scratch / file, {name: theta_0.like[name] for name in names}, metadata)
+                with stream:
+                    bar.update(done)
+                    for name in names[done:]:
+                        w = theta_0[name]  # read once
+                        taus = task_vectors({name: w}, thetas, name)
                         check_values([{name: one} for one in (w, *taus)], labels)
-                        writer.write(added(w, combine(name, taus)))
+                        _append(stream, added(w, combine(name, taus)))
                         bar.update()
         if shard_bytes is None:
             os.replace(scratch / next(iter(shards)), out)
@@ -140,37 +138,31 @@ def merge_files(
     return out
 
 
-class _Writer:
-    """A safetensors file that grows tensor by tensor, of which `done` are there already.
+def _begin(path: Path, like: dict[str, Tensor], metadata: dict[str, str]) -> tuple[BinaryIO, int]:
+    """Open a safetensors file for tensor after tensor, behind those that it holds already; and their number.
 
-    `save_file` wants all of them at once, in memory, and cannot go on with a file that was begun.
+    `save_file` wants all tensors at once, in memory, and cannot go on with a file that was begun.
     """
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    ends = [0]
+    for name, w in like.items():
+        ends.append(ends[-1] + _size(w))
+        entries[name] = {"dtype": CODES[w.dtype], "shape": list(w.shape), "data_offsets": ends[-2:]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    size = path.stat().st_size - len(header) if path.exists() else -1
+    done = sum(end <= size for end in ends[1:])
+    stream = open(path, "r+b" if size >= 0 else "wb")  # noqa: SIM115  (closed by who writes)
+    stream.write(header)
+    stream.seek(len(header) + ends[done])
+    stream.truncate()
+    return stream, done
 
-    def __init__(self, path: Path, like: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        entries: dict[str, Any] = {"__metadata__": metadata}
-        ends = [0]
-        for name, w in like.items():
-            ends.append(ends[-1] + _size(w))
-            entries[name] = {"dtype": CODES[w.dtype], "shape": list(w.shape), "data_offsets": ends[-2:]}
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)
-        header = len(text).to_bytes(8, "little") + text
-        size = path.stat().st_size - len(header) if path.exists() else -1
-        self.done = sum(end <= size for end in ends[1:])
-        self.stream = open(path, "r+b" if size >= 0 else "wb")  # noqa: SIM115  (closed by __exit__)
-        self.stream.write(header)
-        self.stream.seek(len(header) + ends[self.done])
-        self.stream.truncate()
 
-    def write(self, w: Tensor) -> None:
-        self.stream.write(w.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.stream.flush()
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
+def _append(stream: BinaryIO, w: Tensor) -> None:
+    stream.write(w.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    stream.flush()
 
 
 def _complete(method: str, settings: dict[str, Any]) -> dict[str, Any]:

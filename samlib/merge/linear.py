@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from samlib.merge.method import LAM, METHODS, Combine, per_tensor, planned, task_vectors
-from samlib.model.theta import Weights, wide
+from samlib.model.theta import Lazy, Weights, wide
 from samlib.rules import choice, number, whole
 
 TINY = 1e-30  # a squared length below which a task did not move a tensor
@@ -93,28 +93,21 @@ def dare(
         then: the method that merges: task_arithmetic, ties or consensus, with its defaults. (TIES keeps 20 % of the
             entries; with drop > 0.8 fewer are left, and it only elects and merges.)
     """
-    dropped = [Dropped(theta_0, theta, drop, f"{seed}/{t}") for t, theta in enumerate(thetas)]
+    left = [dropped(theta_0, theta, drop, f"{seed}/{t}") for t, theta in enumerate(thetas)]
     plan = METHODS[then].plan
     assert plan is not None
-    combine = plan(theta_0, dropped, lam=lam)
-    return lambda name, taus: combine(name, task_vectors(theta_0, dropped, name))
+    combine = plan(theta_0, left, lam=lam)
+    return lambda name, taus: combine(name, task_vectors(theta_0, left, name))
 
 
-class Dropped(Mapping[str, Tensor]):
+def dropped(theta_0: Weights, theta: Weights, drop: float, seed: str) -> Weights:
     """theta_0 plus a task vector of which DARE has dropped entries, made tensor by tensor."""
 
-    def __init__(self, theta_0: Weights, theta: Weights, drop: float, seed: str) -> None:
-        self.theta_0, self.theta, self.share, self.seed = theta_0, theta, drop, seed
-
-    def __getitem__(self, name: str) -> Tensor:
-        w = wide(self.theta_0[name])
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+    def make(name: str) -> Tensor:
+        w = wide(theta_0[name])
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        kept = torch.rand(w.shape, generator=draw).to(w.device) >= self.share
-        return w + (wide(self.theta[name]) - w) * kept / (1 - self.share)
+        kept = torch.rand(w.shape, generator=draw).to(w.device) >= drop
+        return w + (wide(theta[name]) - w) * kept / (1 - drop)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.theta_0)
-
-    def __len__(self) -> int:
-        return len(self.theta_0)
+    return Lazy(theta_0, make)

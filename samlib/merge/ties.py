@@ -42,7 +42,17 @@ def ties(
         trim: "flat" keeps that share of the whole task vector, "tensor" of each tensor by itself.
         merge: "mean" over the tasks that agree (the paper's disjoint mean), or their "sum".
     """
-    kept = _keep_flat(theta_0, thetas, density) if trim == "flat" else _keep_per_tensor(density)
+    T, names = len(thetas), sorted(theta_0)  # a file may hold its tensors in another order than the model
+
+    def sizes() -> Iterable[Tensor]:
+        return (task_vectors(theta_0, thetas, name).abs_().reshape(T, -1) for name in names)
+
+    def kept_of_one(name: str, size: Tensor) -> Tensor:
+        return _largest([name], lambda: [size.reshape(T, -1)], int(density * size[0].numel()))(name, size)
+
+    kept: Keep = kept_of_one
+    if trim == "flat":
+        kept = _largest(names, sizes, int(density * sum(w.numel() for w in theta_0.values())))
 
     def combine(name: str, taus: Tensor) -> Tensor:
         taus = taus * kept(name, taus.abs())
@@ -54,23 +64,9 @@ def ties(
     return combine
 
 
-def _keep_per_tensor(density: float) -> Keep:
-    def keep(name: str, sizes: Tensor) -> Tensor:
-        rows = sizes.reshape(len(sizes), -1)
-        thresholds, surplus = kth_largest(lambda: [rows], int(density * rows.shape[1]))
-        equal = (rows == thresholds[:, None]).sum(1)
-        return _mask(sizes, thresholds, equal - surplus)
-
-    return keep
-
-
-def _keep_flat(theta_0: Weights, thetas: Sequence[Weights], density: float) -> Keep:
-    T, names = len(thetas), sorted(theta_0)  # a file may hold its tensors in another order than the model
-
-    def sizes() -> Iterable[Tensor]:
-        return (task_vectors(theta_0, thetas, name).abs_().reshape(T, -1) for name in names)
-
-    thresholds, surplus = kth_largest(sizes, int(density * sum(w.numel() for w in theta_0.values())))
+def _largest(names: Sequence[str], sizes: Callable[[], Iterable[Tensor]], k: int) -> Keep:
+    """Which are the k largest entries of every row of several tensors together; of equal ones the first."""
+    thresholds, surplus = kth_largest(sizes, k)
     if not surplus.any():
         return lambda name, size: size >= thresholds.view(-1, *[1] * (size.ndim - 1))
     equal = {name: (size == thresholds[:, None]).sum(1) for name, size in zip(names, sizes(), strict=True)}

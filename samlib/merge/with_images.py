@@ -56,15 +56,9 @@ def fisher(
 def fisher_information(
     encoder: nn.Module, theta: Weights, images: Tensor, head: Tensor, seed: int = 0, chunk: int = 8
 ) -> Theta:
-    """The diagonal of the Fisher information matrix, one label drawn an image.
+    """The diagonal of the Fisher information matrix, E[(d log p(y | x) / d theta)^2], one label y drawn an image.
 
-    Args:
-        encoder, images, seed, chunk: as for `fisher`, of one task.
-        theta: weights by name.
-        head: (K, d).
-
-    Returns:
-        E[(d log p(y | x) / d theta)^2], shaped as theta, >= 0.
+    Arguments as for `fisher`, of one task. What is returned is shaped as theta, and >= 0.
     """
     encoder.eval()
     draw = torch.Generator().manual_seed(seed)
@@ -119,14 +113,9 @@ def regmean(
 
 @torch.no_grad()
 def input_grams(encoder: nn.Module, theta: Weights, images: Tensor, batch_size: int = 256) -> Theta:
-    """X^T X / N of the inputs of every linear layer that the forward pass calls, by the name of its weight.
+    """X^T X / N of the inputs of every linear layer that the forward pass calls, N counting the tokens of all images.
 
-    Args:
-        encoder, theta, batch_size: as for `regmean`.
-        images: (M, 3, H, W); N counts all their tokens.
-
-    Returns:
-        name -> (n, n) for a weight of (m, n).
+    Arguments as for `regmean`, of one task. What is returned is (n, n) for a weight (m, n), by its name.
     """
     encoder.eval()
     sums: Theta = {}

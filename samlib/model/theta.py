@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 Theta = dict[str, Tensor]  # weights by name
-Weights = Mapping[str, Tensor]  # the same, or what reads a tensor from a file when it is asked for
+Weights = Mapping[str, Tensor]  # the same, or `Lazy`
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Weights that are made when they are asked for, one tensor at a time, and not kept.
+
+    Args:
+        names: of the tensors, in their order.
+        make: name -> tensor.
+    """
+
+    def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
+        self.names, self.make = names, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def weights_of(encoder: nn.Module) -> Theta:

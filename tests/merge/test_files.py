@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files._Writer, "write", full)
+    monkeypatch.setattr(files, "_append", full)
     with pytest.raises(ValueError, match="the disk is full: .*out was not written"):
         merge_files("average", base, ends, tmp_path / "out", show=False)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

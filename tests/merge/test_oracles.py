@@ -142,7 +142,7 @@ def test_dare_has_their_distribution_and_its_own_definition(
 
 def test_dare_then_ties_is_ties_of_the_dropped_task_vectors(random: tuple[Theta, list[Theta]]) -> None:
     theta_0, thetas = random
-    dropped = [merge.linear.Dropped(theta_0, theta, 0.5, f"0/{t}") for t, theta in enumerate(thetas)]
+    dropped = [merge.linear.dropped(theta_0, theta, 0.5, f"0/{t}") for t, theta in enumerate(thetas)]
     agree(
         merge.dare(theta_0, thetas, lam=0.9, drop=0.5, then="ties"),
         merge.ties(theta_0, [dict(one) for one in dropped], lam=0.9),
