@@ -298,8 +298,9 @@ class SAM:
 
     def _finite_everywhere(self, norm: Tensor) -> bool:
         """Whether a norm is finite, on every process: all take the second pass together, or none does."""
-        finite = norm.isfinite().int()
+        finite = norm.isfinite()
         if isinstance(self.model, DistributedDataParallel):
+            finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         return bool(finite)
 
