@@ -128,8 +128,8 @@ def test_corpus_gives_images_with_captions(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pretrain, "FOLDER", tmp_path)
     monkeypatch.setattr(pretrain, "CORPUS", ("corpus",))
     images, captions = pretrain.corpus()
-    assert decode.shape == (2, 3, 32, 32) and decode.dtype == torch.uint8
-    assert decode.flatten(1).unique(dim=1).squeeze().tolist() == [9, 7] and captions == ["cat", "hat"]
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+    assert images.flatten(1).unique(dim=1).squeeze().tolist() == [9, 7] and captions == ["cat", "hat"]
 
 
 def test_corpus_shares_no_group_with_a_test_split() -> None:

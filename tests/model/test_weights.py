@@ -100,7 +100,7 @@ def test_offline_the_own_caches_of_the_hub_decide(
 
 def test_all_that_is_missing_is_told_at_once_with_the_command_that_fetches_it(asked: list[str]) -> None:
     with pytest.raises(ConnectionError) as told:
-        begin("demo", preset="paper", model=None, tasks="all")
+        begin("demo", dict(preset="paper", model=None, tasks="all"))
     assert all(f"'{name}', the dataset {row.id}" in str(told.value) for name, row in HUB.items())
     assert "no route" in str(told.value) and "the weights 'openai' of ViT-B-32" in str(told.value)
     assert f"python -m samlib.model.fetch {' '.join(HUB)} --model ViT-B-32/openai (it fills" in str(told.value)
@@ -108,13 +108,13 @@ def test_all_that_is_missing_is_told_at_once_with_the_command_that_fetches_it(as
 
 def test_begin_asks_for_what_the_notebook_loads(asked: list[str]) -> None:
     with pytest.raises(ConnectionError, match="samlib.model.fetch --model ViT-B-32/openai;"):
-        begin("demo", preset="paper", model=None, tasks=["digits"])
+        begin("demo", dict(preset="paper", model=None, tasks=["digits"]))
     catalogue.decoded("mnist", 224).mkdir(parents=True)
     with pytest.raises(ConnectionError, match="samlib.model.fetch --model ViT-B-32/openai;"):
-        begin("demo", preset="paper", tasks=["mnist"])  # the preset's model is what will read it
+        begin("demo", dict(preset="paper", tasks=["mnist"]))  # the preset's model is what will read it
     with pytest.raises(ConnectionError, match="'sun397'"):
-        begin("demo", preset="paper", model="ViT-B-32/random", tasks="all")
-    begin("demo", preset="paper", micro_batch=1)  # a notebook without these parameters loads neither
+        begin("demo", dict(preset="paper", model="ViT-B-32/random", tasks="all"))
+    begin("demo", dict(preset="paper", micro_batch=1))  # a notebook without these parameters loads neither
     assert len(asked) == 3
 
 
@@ -128,17 +128,17 @@ def test_a_silent_network_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> Non
         weights.need("ViT-B-32/random", ["sun397"])
 
 
-BEGIN = "from samlib.notebook.run import begin; begin('demo', preset='paper', "
+BEGIN = "from samlib.notebook.run import begin; begin('demo', {'preset': 'paper', "
 RECIPE = "--tasks mnist --optimizer adamw --steps 1"
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (f"{BEGIN}tasks='mnist')", "tasks must be 'all'"),
-        (f"{BEGIN}device='gpu')", "device must be 'auto'"),
-        (f"{BEGIN}model='ViT-B-32/opnai')", "no weights 'opnai' for ViT-B-32, only openai"),
-        (f"{BEGIN}model=None)", "python -m samlib.model.fetch"),
+        (f"{BEGIN}'tasks': 'mnist'}})", "tasks must be 'all'"),
+        (f"{BEGIN}'device': 'gpu'}})", "device must be 'auto'"),
+        (f"{BEGIN}'model': 'ViT-B-32/opnai'}})", "no weights 'opnai' for ViT-B-32, only openai"),
+        (f"{BEGIN}'model': None}})", "python -m samlib.model.fetch"),
         ("from samlib.model.fetch import main; main()  # mnist", "'mnist', the dataset ylecun/mnist"),
         (
             "from samlib.model.fetch import main; main()  # --model ViT-B-32/openai",

@@ -38,7 +38,7 @@ def run(hub_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         patch.setenv("SAMLIB_DATA", str(hub_tasks))
         patch.setenv("SAMLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         sizes = {"steps": 3, "batch_size": 4, "n_train": 12, "n_eval": 16}
-        yield begin("dry_run", preset="paper", device="cpu", model=MODEL, tasks=list(TASKS), **sizes)
+        yield begin("dry_run", dict(preset="paper", device="cpu", model=MODEL, tasks=list(TASKS), **sizes))
 
 
 @pytest.fixture(scope="module")

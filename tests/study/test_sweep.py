@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,9 @@ def test_a_files_name_follows_from_all_that_decides_its_run(folder: Path, monkey
 def test_the_code_of_every_module_decides(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = tmp_path / "samlib"
     shutil.copytree(grid.keys.ROOT, library, ignore=lambda _, names: [n for n in names if n == "testbed"])
-    monkeypatch.setattr(grid.keys, "ROOT", library)
+    monkeypatch.setattr(grid.keys, "library", partial(grid.keys.library, library))
 
     def names() -> list[str]:
-        grid.keys._source.cache_clear()
         return [file.name for file in grid.read(Path(write(folder))).files]
 
     seen = [names()]
