@@ -12,29 +12,26 @@ from __future__ import annotations
 
 import argparse
 import ast
-import collections
 import copy
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
+from samlib.notebook.execute import UNFINISHED, NotebookError, execute, failed
 from samlib.notebook.presets import PRESETS
-from samlib.store.files import read_json, write_json
-from samlib.store.keys import without_prose
+from samlib.store import keys
+from samlib.store.files import locked, read_json, replacing, write_json
 from tools.check_offline import problems
 from tools.page_tables import filled
 
@@ -42,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LOCAL_BADGE = "../book/images/open-in-colab.svg"
 WIDGET_TYPES = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
+SETTINGS = ("_config.yml", "_toc.yml")
+RENDERERS = ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "sphinxcontrib-bibtex")
 HEARTBEAT = 60.0  # s, between two lines about a running notebook when the output is no terminal
 
 Notebook = nbformat.NotebookNode
@@ -172,13 +171,13 @@ def assign_parameters(
 
 
 def shared_digest(root: Path) -> str:
-    """A hash of what every notebook depends on: samlib, the testbed, the published values, torch."""
-    digest = hashlib.sha256(f"{sys.version_info[:2]} {importlib.metadata.version('torch')}".encode())
-    for path in sorted((root / "samlib").glob("*.py")):
-        digest.update(f"{path.name} {without_prose(path.read_text(encoding='utf-8'))}".encode())
-    data = [p for p in sorted((root / "samlib" / "testbed").rglob("*")) if p.suffix != ".md" and p.is_file()]
-    for path in data + sorted((root / "book" / "published").glob("*.json")):
-        digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+    """A hash of what every notebook depends on: samlib with its data, the published values, Python, torch."""
+    code = keys.library(root / "samlib")
+    digest = hashlib.sha256(f"{code} {sys.version_info[:2]} {importlib.metadata.version('torch')}".encode())
+    for folder in (root / "samlib", root / "book" / "published"):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix not in (".py", ".pyc", ".md"):
+                digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 
 
@@ -201,8 +200,28 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
-def execute(source: Path, target: Path, chosen: Mapping[str, Any], timeout: int, label: str) -> float:
-    """Run one notebook with papermill in a process of its own and say how far it is.
+class Progress:
+    """Says how far a notebook is: on a terminal in one line that stands still, else in a line a minute.
+
+    Args:
+        label: What the lines begin with.
+        total: Cells that papermill will count.
+    """
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.told, self.terminal = label, total, 0.0, sys.stdout.isatty()
+
+    def __call__(self, cell: int, seconds: float) -> None:
+        line = f"{self.label}: cell {cell} of {self.total}, {clock(seconds)}"
+        if self.terminal:
+            print(f"\r{line}   ", end="", flush=True)
+        elif seconds - self.told >= HEARTBEAT:
+            self.told = seconds
+            print(line, flush=True)
+
+
+def run_notebook(source: Path, target: Path, chosen: Mapping[str, Any], timeout: int, label: str) -> float:
+    """Run one notebook in a process of its own and say how far it is.
 
     Args:
         source: The notebook.
@@ -218,78 +237,16 @@ def execute(source: Path, target: Path, chosen: Mapping[str, Any], timeout: int,
         BuildError: A cell failed; the message names it and the error.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    running = target.with_suffix(".incomplete.ipynb")
-    running.unlink(missing_ok=True)
-    total = len(read_notebook(source).cells) + 1  # papermill adds a cell
-    command = [sys.executable, "-m", "papermill", str(source), str(running), "-k", "python3", "-l", "python"]
-    command += ["--log-output", "--cwd", str(source.parent), "--execution-timeout", str(timeout)]
-    command += ["-y", yaml.safe_dump(dict(chosen))]
-    environment = os.environ | {"SAMLIB_STATIC": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUNBUFFERED": "1"}
-    start, last = time.monotonic(), 0.0
-    process = subprocess.Popen(
-        command, env=environment, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    cell, tail = [0], collections.deque[str](maxlen=200)  # the running cell, counted from 1; the last lines
-
-    def follow() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            tail.append(line.rstrip())
-            if match := re.match(r"Executing Cell (\d+)", line):
-                cell[0] = int(match[1])
-
-    reader = threading.Thread(target=follow, daemon=True)
-    reader.start()
-    terminal = sys.stdout.isatty()
+    progress = Progress(label, len(read_notebook(source).cells) + 1)  # papermill adds a cell
     try:
-        while True:
-            try:
-                process.wait(timeout=1)
-                break
-            except subprocess.TimeoutExpired:
-                seconds = time.monotonic() - start
-                line = f"{label}: cell {cell[0]} of {total}, {clock(seconds)}"
-                if terminal:
-                    print(f"\r{line}   ", end="", flush=True)
-                elif seconds - last >= HEARTBEAT:
-                    last = seconds
-                    print(line, flush=True)
+        return execute(source, target, chosen, timeout=timeout, progress=progress)
+    except NotebookError as error:
+        kept = f"\nThe run so far: {failed(target)}" if failed(target).exists() else ""
+        where = f"{source.stem} failed in {error.cell}" if error.cell else f"{source.stem} could not be run"
+        raise BuildError(f"{where}:\n{error.problem}{kept}") from None
     finally:
-        process.terminate()
-        reader.join()
-        if terminal:
+        if progress.terminal:
             print("\r\x1b[K", end="")
-    if process.returncode != 0:
-        raise BuildError(failure(source.stem, running, cell[0], list(tail)))
-    notebook = read_notebook(running)
-    without_widgets(notebook)
-    nbformat.write(notebook, running)
-    os.replace(running, target)
-    return time.monotonic() - start
-
-
-def failure(name: str, executed: Path, position: int, log: Sequence[str]) -> str:
-    """One short message about a run that failed: the code cell's number, its first line and the error.
-
-    Args:
-        name: The notebook.
-        executed: What papermill wrote.
-        position: The cell that was running, counted from 1 over all cells; 0 if none was.
-        log: The last lines that papermill printed.
-    """
-    errors = [line for line in log if re.match(r"[\w.]+(Error|Exception|Interrupt|NoSuchKernel)\b", line)]
-    what = errors[-1] if errors else "\n".join(log[-5:])
-    if not position or not executed.is_file():
-        return f"{name} could not be run: {what}"
-    cells = [c for c in read_notebook(executed).cells if "papermill-error-cell-tag" not in tags(c)][:position]
-    for output in cells[-1].get("outputs", []):
-        if output.output_type == "error":
-            what = f"{output.ename}: {output.evalue}"
-    if any("CellTimeoutError" in line for line in log):
-        what = "It took longer than a cell may, see --execution-timeout."
-    number = sum(c.cell_type == "code" and "injected-parameters" not in tags(c) for c in cells)
-    first = next(iter(cells[-1].source.strip().splitlines()), "")
-    return f"{name} failed in code cell {number}, {first!r}\n{what}\nThe run so far: {executed}"
 
 
 def without_widgets(notebook: Notebook) -> None:
@@ -339,30 +296,52 @@ def combine(source: Notebook, executed: Notebook) -> Notebook:
 
 
 def stage(paths: Paths, names: Sequence[str]) -> None:
-    """Write what Jupyter Book reads, anew."""
-    shutil.rmtree(paths.stage, ignore_errors=True)
-    (paths.stage / "notebooks").mkdir(parents=True)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(paths.root / name, paths.stage / name)
-    shutil.copytree(paths.root / "book", paths.stage / "book")
-    for page in (paths.stage / "book").rglob("*.md"):
-        page.write_text(filled(page.read_text(encoding="utf-8"), paths.root / "book" / "published"), encoding="utf-8")
+    """Write what Jupyter Book reads; files that stay the same are left alone, so that it knows what to render."""
+    book = [path for path in (paths.root / "book").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    book += [paths.root / name for name in SETTINGS]
+    files = {path.relative_to(paths.root): path.read_bytes() for path in book}
+    for place in [place for place in files if place.suffix == ".md"]:
+        files[place] = filled(files[place].decode(), paths.root / "book" / "published").encode()
     for name in names:
         source = read_notebook(paths.root / "notebooks" / f"{name}.ipynb")
         notebook = combine(source, read_notebook(paths.executed / f"{name}.ipynb"))
         check_executed(notebook, name)
+        without_widgets(notebook)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = cell.source.replace(COLAB_BADGE, LOCAL_BADGE)
-        nbformat.write(notebook, paths.stage / "notebooks" / f"{name}.ipynb")
+        files[Path("notebooks", f"{name}.ipynb")] = nbformat.writes(notebook).encode()
+    for path in [path for path in paths.stage.rglob("*") if path.is_file()]:
+        if path.relative_to(paths.stage) not in files:
+            path.unlink()
+    for place, content in files.items():
+        path = paths.stage / place
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
-def render(paths: Paths) -> None:
-    """Turn the stage into HTML; a warning of Sphinx is an error, and so is a page that needs a network."""
-    fresh = paths.build / "render"
-    shutil.rmtree(fresh, ignore_errors=True)
+def render_key(paths: Paths, names: Sequence[str]) -> str:
+    """A hash of what all pages depend on: settings, extensions, programs, numbers that pages take from others."""
+    files = [*(paths.root / name for name in SETTINGS), *sorted((paths.root / "book" / "extensions").glob("*.py"))]
+    files += [paths.executed / f"{name}.ipynb" for name in names]
+    programs = [f"{name} {importlib.metadata.version(name)}" for name in RENDERERS]
+    return keys.key([*programs, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)])
+
+
+def render(paths: Paths, key: str) -> None:
+    """Turn the stage into HTML; a warning of Sphinx is an error, and so is a page that needs a network.
+
+    Args:
+        paths: Where the stage is.
+        key: Of what all pages depend on; while it stays the same, only pages that changed are rendered again.
+    """
+    work = paths.build / "render"  # what Sphinx remembers, only of pages without a warning
+    if not (work / key).is_file():
+        shutil.rmtree(work, ignore_errors=True)
+    (work / key).unlink(missing_ok=True)
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(paths.stage), "-W", "-n"]
-    command += ["--keep-going", "-q", "--path-output", str(fresh)]
+    command += ["--keep-going", "-q", "--path-output", str(work)]
     result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = re.sub(r"\x1b\[[\d;]*m", "", result.stdout)  # without colours
     (paths.build / "render.log").write_text(log, encoding="utf-8")
@@ -370,11 +349,12 @@ def render(paths: Paths) -> None:
         lines = [line for line in log.splitlines() if re.search("WARNING|ERROR|CRITICAL", line)]
         reported = "\n".join(lines) or log
         raise BuildError(f"Jupyter Book reports:\n{reported}\nAll it said: {paths.build / 'render.log'}")
-    if found := problems(fresh / "_build" / "html"):
+    if found := problems(work / "_build" / "html"):
         raise BuildError("the pages are not complete without a network:\n" + "\n".join(found))
     shutil.rmtree(paths.html, ignore_errors=True)
-    os.replace(fresh / "_build" / "html", paths.html)
-    shutil.rmtree(fresh)
+    with replacing(paths.html) as scratch:
+        shutil.copytree(work / "_build" / "html", scratch)
+    (work / key).touch()
 
 
 def build(root: Path, preset: str, given: Sequence[str], timeout: int) -> Path:
@@ -400,14 +380,15 @@ def build(root: Path, preset: str, given: Sequence[str], timeout: int) -> Path:
     notebooks = {name: read_notebook(root / "notebooks" / f"{name}.ipynb") for name in names}
     chosen = assign_parameters(notebooks, [(None, "preset", preset), *map(parse_parameter, given)])
 
-    paths.build.mkdir(parents=True, exist_ok=True)
+    for left in paths.executed.glob(UNFINISHED):
+        shutil.rmtree(left, ignore_errors=True)
     state = read_state(paths.state)
     shared = shared_digest(root)
-    keys = {name: run_key(notebooks[name], chosen[name], shared) for name in names}
+    decides = {name: run_key(notebooks[name], chosen[name], shared) for name in names}
     to_run = [
         name
         for name in names
-        if state.get(name, {}).get("key") != keys[name] or not (paths.executed / f"{name}.ipynb").is_file()
+        if state.get(name, {}).get("key") != decides[name] or not (paths.executed / f"{name}.ipynb").is_file()
     ]
     print(f"{len(names)} notebooks with preset {preset}: {len(to_run)} to run, the others are unchanged.")
     start = time.monotonic()
@@ -416,15 +397,15 @@ def build(root: Path, preset: str, given: Sequence[str], timeout: int) -> Path:
         past = [state.get(n, {}).get("seconds") for n in to_run[number - 1 :]]
         print(label + (f", about {clock(sum(past))} left" if all(past) else ""), flush=True)
         source = root / "notebooks" / f"{name}.ipynb"
-        seconds = execute(source, paths.executed / f"{name}.ipynb", chosen[name], timeout, label)
-        state[name] = {"key": keys[name], "seconds": round(seconds, 1)}
+        seconds = run_notebook(source, paths.executed / f"{name}.ipynb", chosen[name], timeout, label)
+        state[name] = {"key": decides[name], "seconds": round(seconds, 1)}
         write_json(paths.state, state)
         so_far = clock(time.monotonic() - start)
         print(f"{label}: done in {clock(seconds)}, {so_far} since the start", flush=True)
 
     print("Rendering the pages.", flush=True)
     stage(paths, names)
-    render(paths)
+    render(paths, render_key(paths, names))
     return paths.html / "index.html"
 
 
@@ -445,7 +426,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.preset not in PRESETS:
         parser.error(f"there is no preset {options.preset!r}, only {', '.join(PRESETS)}")
     try:
-        page = build(ROOT, options.preset, options.parameters, options.execution_timeout)
+        with locked(ROOT / "build" / options.preset / ".lock", wait=False):
+            page = build(ROOT, options.preset, options.parameters, options.execution_timeout)
+    except BlockingIOError:
+        print(f"build_book: another build with preset {options.preset} goes on: wait for it", file=sys.stderr)
+        return 1
     except BuildError as error:
         print(f"build_book: {error}", file=sys.stderr)
         return 1

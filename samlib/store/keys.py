@@ -16,14 +16,15 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from numbers import Number
 from pathlib import Path
 from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]  # of samlib
-APART = "samlib.notebook"  # the package whose code decides no result: it hands on values, which are in the keys
+APART = "samlib.notebook"  # the package whose code decides no result: it hands on values, which are in the keys, and
+HANDED = "samlib.model.clip"  # the model
 HELD = ("func", "args", "keywords", "__func__", "__self__", "__wrapped__", "fget", "fset", "fdel")  # by what wraps
 PROSE = {"__doc__", "__firstlineno__", "__static_attributes__"}  # names in the body of a class that decide nothing
 OUTSIDE = PROSE | {"__module__", "__dict__", "__weakref__", "__builtins__", "__file__", "__cached__", "__spec__"}
@@ -150,10 +151,11 @@ def _held(value: Any, own: bool) -> Iterator[tuple[str, Any]]:
         wraps = [name for name in HELD if hasattr(type(value), name) or name in _state(value)]
         yield from ((name, getattr(value, name)) for name in wraps)
         if isinstance(value, FunctionType):
-            held = _of_function(value, own)
-        elif own or _of_samlib(_home(value)):
+            held = ((name, one) for name, one in _of_function(value, own) if own or _plain(one) is None)
+        elif own:
             held = [("class", type(value)), *_state(value).items()]
-        held = (item for item in held if own or _plain(item[1]) is None)
+        elif _of_samlib(_home(value)):  # it may fill itself as it is used: only functions were there from the beginning
+            held = [item for item in _state(value).items() if isinstance(item[1], (FunctionType, partial))]
     yield from ((name, one) for name, one in held if name not in OUTSIDE)
 
 
@@ -287,7 +289,9 @@ def _with_imports(modules: Collection[str]) -> list[str]:
     todo = set(modules)
     while todo:
         one = todo.pop()
-        if one in found or f"{one}.".startswith(f"{APART}."):
+        if f"{one}.".startswith(f"{APART}."):
+            one = HANDED
+        if one in found:
             continue
         if one not in _TEXTS:
             raise RuntimeError(f"{one} is newer than what is loaded of samlib: restart Python")

@@ -9,19 +9,18 @@ import os
 import queue
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import joblib
-import yaml
 from tqdm.auto import tqdm
 
 from samlib.model import weights
+from samlib.notebook.execute import UNFINISHED, NotebookError, failed
+from samlib.notebook.execute import execute as execute_notebook
 from samlib.notebook.parameters import PARAMETERS, check, needs
 from samlib.store.files import (
     locked,
@@ -37,14 +36,6 @@ if TYPE_CHECKING:
 
 
 PROVENANCE = ("path", "commit", "seconds")  # columns of the table, beside parameters and numbers
-
-
-CHILD = """
-import os, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # ends when the sweep does
-from papermill.__main__ import papermill
-papermill()
-"""
 
 
 def slots(jobs: int | None, cores: int, gpus: int = 0, shown: str | None = None) -> list[str | None]:
@@ -75,45 +66,22 @@ def run_one(
         free: GPUs at rest, of which the run borrows one; None leaves the choice to the machine.
 
     Returns:
-        target, and "" or the last line of the exception.
+        target, and "" or the error in one line.
     """
-    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
-    environment |= {"JUPYTER_PREFER_ENV_PATH": "1", "SAMLIB_STATIC": "1"}  # this Python's kernel, no sliders
+    environment = {} if threads is None or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     gpu = free.get() if free else None
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     try:
-        failed(target).unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".running-", dir=target.parent) as folder:
-            scratch, log = Path(folder) / target.name, Path(folder) / "log"
-            command = [sys.executable, "-c", CHILD, str(notebook), str(scratch), "--no-progress-bar"]
-            command += ["-k", "python3", "-l", "python", "--cwd", str(notebook.parent), "-y", yaml.safe_dump(given)]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
-            with log.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr, **pipes) as process:
-                process.wait()
-            problem = _problem(scratch, log.read_text(errors="replace")) if process.returncode else ""
-            if scratch.exists():
-                os.replace(scratch, failed(target) if problem else target)
-        return target, problem
+        execute_notebook(notebook, target, given, environment=environment)
+    except NotebookError as error:
+        return target, error.problem
     except OSError as error:
         return target, f"{type(error).__name__}: {error}"
     finally:
         if free:
             free.put(gpu)
-
-
-def failed(target: Path) -> Path:
-    """Where a run that failed is kept, to be read."""
-    return target.with_suffix(".failed.ipynb")
-
-
-def _problem(executed: Path, log: str) -> str:
-    try:
-        outputs = [o for cell in read_json(executed)["cells"] for o in cell.get("outputs", [])]
-        error = [o for o in outputs if o["output_type"] == "error"][-1]
-        return ": ".join([error["ename"], *error["evalue"].strip().splitlines()[-1:]])
-    except (OSError, ValueError, IndexError):  # papermill itself failed, or the kernel died
-        return (log.strip().splitlines() or ["papermill was killed"])[-1]
+    return target, ""
 
 
 def execute(sweep: Sweep, places: Sequence[str | None] | None) -> dict[Path, str]:
@@ -156,7 +124,7 @@ def _locked(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise ValueError(f"another sweep is writing to {folder}: wait for it, or choose another --out") from None
-        for left in folder.glob(".running-*"):
+        for left in folder.glob(UNFINISHED):
             shutil.rmtree(left, ignore_errors=True)
         yield
 

@@ -206,20 +206,25 @@ def test_run_key_depends_on_code_and_parameters_but_not_on_text():
 
 
 def test_shared_digest_sees_library_data_and_published_values(tmp_path):
-    for folder in ("samlib/testbed/digits", "book/published"):
-        (tmp_path / folder).mkdir(parents=True)
     seen = [build_book.shared_digest(tmp_path)]
     for name, text in [
-        ("samlib/sam.py", "x = 1"),
+        ("samlib/rules.py", "x = 1"),
+        ("samlib/merge/linear.py", "x = 1"),
+        ("samlib/model/models.json", "{}"),
         ("samlib/testbed/digits/train.parquet", "data"),
         ("book/published/05_merging.laptop.json", "{}"),
     ]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         seen.append(build_book.shared_digest(tmp_path))
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 6
     (tmp_path / "samlib/testbed/README.md").write_text("sources")
-    (tmp_path / "samlib/sam.py").write_text('"""Words."""\nx = 1  # more words')
+    (tmp_path / "samlib/merge/linear.py").write_text('"""Words."""\nx = 1  # more words')
+    (tmp_path / "samlib/merge/__pycache__").mkdir()
+    (tmp_path / "samlib/merge/__pycache__/linear.cpython-311.pyc").write_text("compiled")
     assert build_book.shared_digest(tmp_path) == seen[-1]
+    (tmp_path / "samlib/merge/linear.py").write_text("x = 2")
+    assert build_book.shared_digest(tmp_path) not in seen
 
 
 def test_state_is_read_back(tmp_path):
@@ -233,23 +238,77 @@ def test_state_is_read_back(tmp_path):
 # Running and staging
 
 
-def test_a_notebook_runs_in_its_own_process(tmp_path):
-    cells = [parameter_cell(), new_code_cell("import os\nprint(preset, seeds, os.environ['SAMLIB_STATIC'])")]
-    source, target = tmp_path / "a.ipynb", tmp_path / "executed" / "a.ipynb"
-    nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("text")]), source)
-    build_book.execute(source, target, {"preset": "smoke", "seeds": [1, 2]}, 60, "a")
-    notebook = build_book.read_notebook(target)
-    build_book.check_executed(notebook, "a")
-    assert notebook.cells[2].outputs[0].text == "smoke [1, 2] 1\n"
-
-    cells[1].source = "# comes first\nx = 1 / 0"
-    nbformat.write(new_notebook(cells=[new_markdown_cell("text"), *cells]), source)
+def test_a_run_that_fails_names_the_cell_and_the_error(tmp_path):
+    cells = [parameter_cell(), new_code_cell("# comes first\nx = 1 / 0"), new_markdown_cell("text")]
+    nbformat.write(new_notebook(cells=[new_markdown_cell("text"), *cells]), tmp_path / "a.ipynb")
     with pytest.raises(build_book.BuildError) as error:
-        build_book.execute(source, target, {"preset": "smoke"}, 60, "a")
-    assert str(error.value).startswith(
-        "a failed in code cell 2, '# comes first'\nZeroDivisionError: division by zero\n"
+        build_book.run_notebook(tmp_path / "a.ipynb", tmp_path / "executed" / "a.ipynb", {"preset": "smoke"}, 60, "a")
+    assert str(error.value) == (
+        "a failed in code cell 2, '# comes first':\nZeroDivisionError: division by zero\n"
+        f"The run so far: {tmp_path / 'executed' / 'a.failed.ipynb'}"
     )
-    assert build_book.read_notebook(target) == notebook, "the last complete run stays"
+
+
+def test_progress_is_a_line_a_minute(capsys):
+    progress = build_book.Progress("[1/8] a", 30)
+    for seconds in (1, 59, 61, 100, 125):
+        progress(7, seconds)
+    assert capsys.readouterr().out == "[1/8] a: cell 7 of 30, 1:01\n[1/8] a: cell 7 of 30, 2:05\n"
+
+
+@pytest.fixture
+def small_book(tmp_path):
+    """A repository with a page and a notebook that was executed."""
+    (tmp_path / "_config.yml").write_text("title: A book\nexecute:\n  execute_notebooks: 'off'\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/a\n")
+    for folder in ("book/published", "notebooks", "build/smoke/executed"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "book" / "intro.md").write_text("# A page\n\nWords.\n")
+    notebook = new_notebook(cells=[new_markdown_cell("# A chapter\n\nOld."), new_code_cell("x = 1")])
+    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+    nbformat.write(notebook, tmp_path / "notebooks" / "a.ipynb")
+    nbformat.write(executed(notebook), tmp_path / "build" / "smoke" / "executed" / "a.ipynb")
+    return build_book.Paths(tmp_path, tmp_path / "build" / "smoke")
+
+
+def test_the_stage_holds_what_is_there_and_leaves_alone_what_stays_the_same(small_book):
+    (small_book.root / "book" / "old.md").touch()
+    build_book.stage(small_book, ["a"])
+    before = {path: path.stat().st_mtime_ns for path in small_book.stage.rglob("*") if path.is_file()}
+    (small_book.root / "book" / "old.md").unlink()
+    (small_book.root / "book" / "intro.md").write_text("# A page\n\nOther words.\n")
+    build_book.stage(small_book, ["a"])
+    after = {path: path.stat().st_mtime_ns for path in small_book.stage.rglob("*") if path.is_file()}
+    assert [path.name for path in set(before) - set(after)] == ["old.md"] and set(after) < set(before)
+    assert [path.name for path in after if after[path] != before[path]] == ["intro.md"]
+
+
+def test_after_an_edit_of_text_only_its_page_is_rendered_again(small_book):
+    source = small_book.root / "notebooks" / "a.ipynb"
+
+    def render():
+        build_book.stage(small_book, ["a"])
+        build_book.render(small_book, build_book.render_key(small_book, ["a"]))
+        doctrees = (small_book.build / "render" / "_build" / ".doctrees").rglob("*.doctree")
+        return {path.stem: path.stat().st_mtime_ns for path in doctrees}
+
+    first = render()
+    source.write_text(source.read_text().replace("Old.", "New."))
+    second = render()
+    assert second["intro"] == first["intro"] and second["a"] != first["a"]
+    page = small_book.html / "notebooks" / "a.html"
+    assert "New." in page.read_text()
+    words = source.read_text()
+    source.write_text(words.replace("New.", "New, see {ref}`nowhere`."))
+    for _ in range(2):  # a warning is told as long as it is there
+        with pytest.raises(build_book.BuildError, match="undefined label: 'nowhere'"):
+            render()
+    assert "nowhere" not in page.read_text(), "the last complete pages stay"
+    source.write_text(words)
+    third = render()
+    ran = small_book.executed / "a.ipynb"
+    ran.write_text(ran.read_text().replace('"execution_count": 1', '"execution_count": 2'))
+    assert render()["intro"] != third["intro"], "another page may show a number of the notebook that ran"
 
 
 def test_check_executed_refuses_what_was_not_run():

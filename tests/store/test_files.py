@@ -70,7 +70,7 @@ def test_a_folder_that_will_not_do_is_told_before_any_work(
 
 def test_without_a_home_folder_a_named_one_will_do(tmp_path: Path) -> None:
     load = "from samlib.data.tasks import load_task; load_task('digits', 48)"
-    done = python(f"{HOMELESS}{BEGIN}\n{load}", SAMLIB_CACHE=f"{tmp_path}/new", SAMLIB_IMAGES=None)
+    done = python(f"{HOMELESS}if True:\n    {BEGIN}\n{load}", SAMLIB_CACHE=f"{tmp_path}/new", SAMLIB_IMAGES=None)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"{tmp_path}/new" and (tmp_path / "new" / "images").is_dir()
 

@@ -168,8 +168,24 @@ def test_of_a_package_that_is_named_every_module_counts() -> None:
     assert everything == {name for name in keys._TEXTS if not f"{name}.".startswith("samlib.notebook.")}
 
 
-def test_what_only_draws_decides_nothing() -> None:
-    assert modules_of(plot.stamp) == set()
+def test_of_the_package_notebook_counts_only_the_model_that_it_hands_on() -> None:
+    found = modules_of(plot.stamp)
+    assert "samlib.model.clip" in found and not any("notebook" in name for name in found)
+
+
+def test_an_object_of_the_library_that_fills_itself_keeps_its_key() -> None:
+    run = start("demo", {"preset": "smoke", "device": "cpu"})
+    page = cells("def f():\n    return run.preset")
+    page.__globals__["run"] = run
+    before = keys.code_of(page)
+    run.parameters["filled"] = object()
+    assert keys.code_of(page) == before and "samlib.model.clip" in modules_of(page)
+
+
+def test_a_function_that_an_object_of_the_library_holds_counts() -> None:
+    method = "from samlib.merge import Method\n---\ndef plan(t):\n    return t\n---\n"
+    method += "own = Method('own', 'nothing', 'me', {}, {}, plan)\n---\ndef f(t):\n    return own.plan(t)"
+    assert key_of(method) != key_of(method.replace("return t\n", "return -t\n"))
 
 
 def test_modules_that_a_function_imports_are_followed() -> None:
@@ -229,7 +245,7 @@ RESULTS = """
 import collections, json
 from samlib import merge
 from samlib.measure import interference
-from samlib.notebook.run import begin
+from samlib.notebook.run import start
 
 run, computed = begin("demo", {"preset": "smoke", "device": "cpu"}), collections.deque()
 
