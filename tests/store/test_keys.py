@@ -174,7 +174,7 @@ def test_of_the_package_notebook_counts_only_the_model_that_it_hands_on() -> Non
 
 
 def test_an_object_of_the_library_that_fills_itself_keeps_its_key() -> None:
-    run = start("demo", {"preset": "smoke", "device": "cpu"})
+    run = begin("demo", {"preset": "smoke", "device": "cpu"})
     page = cells("def f():\n    return run.preset")
     page.__globals__["run"] = run
     before = keys.code_of(page)
