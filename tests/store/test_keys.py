@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from samlib import merge, rules
 from samlib.measure import interference
 from samlib.notebook import plot
+from samlib.notebook.run import begin
 from samlib.store import keys
 
 
@@ -245,7 +246,7 @@ RESULTS = """
 import collections, json
 from samlib import merge
 from samlib.measure import interference
-from samlib.notebook.run import start
+from samlib.notebook.run import begin
 
 run, computed = begin("demo", {"preset": "smoke", "device": "cpu"}), collections.deque()
 
