@@ -9,12 +9,11 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from curvlinops import HessianLinearOperator
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 from samlib.data.tasks import Split
 from samlib.model.evaluate import BACKWARD, per_pass
 from samlib.model.theta import Theta, flat
+
+if TYPE_CHECKING:
+    from curvlinops import HessianLinearOperator
 
 BASIS = 2 * 10**9  # bytes of vectors that Lanczos' method may keep
 
@@ -91,6 +93,8 @@ def hessian(
     Source: Pearlmutter 1994 (products with the Hessian).
     Taught in: 07_flatness.
     """
+    from curvlinops import HessianLinearOperator  # slow to import, and with a warning of PyTorch's
+
     if not len(split):
         raise ValueError("the Hessian needs at least one image")
     model = Classifier(copy.deepcopy(encoder), head).to(head.device).eval()
