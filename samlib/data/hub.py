@@ -130,6 +130,7 @@ def unreachable(error: Exception, missing: Missing) -> Exception:
         return error
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return ConnectionError(
-        f"This needs {'; '.join(missing.wanted)}. That is on the Hugging Face hub, which cannot be had here ({reason}). "
+        f"This needs {'; '.join(missing.wanted)}. "
+        f"That is on the Hugging Face hub, which cannot be had here ({reason}). "
         f"With a network, run once: {missing.fetch}; or {'; or '.join(missing.remedies)}"
     )

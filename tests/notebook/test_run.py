@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,7 +187,7 @@ def test_presets_are_consistent() -> None:
 
 
 def test_a_result_is_computed_once_a_content(run: Run) -> None:
-    calls: list[int] = []
+    calls: deque[int] = deque()  # a list would be a plain value that the function names
 
     def compute() -> dict[str, Any]:
         calls.append(1)
