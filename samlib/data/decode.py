@@ -64,8 +64,7 @@ def write(folder: Path, tables: Mapping[str, datasets.Dataset], size: int, borde
 
     tables = {name: table.cast_column("image", datasets.Image(decode=False)) for name, table in tables.items()}
     with ThreadPoolExecutor() as pool:
-        first = next(iter(tables.values()))
-        side = size
+        first, side = next(iter(tables.values())), size
         if not border:
             side = min(size, max(pool.map(lambda i: _shorter(first[i]["image"]), range(len(first)))))
         needed = sum(map(len, tables.values())) * 3 * side**2
@@ -77,27 +76,35 @@ def write(folder: Path, tables: Mapping[str, datasets.Dataset], size: int, borde
             scratch.mkdir()
             digests = {}
             for split, table in tables.items():
-                labels = np.asarray(table["label"], dtype=np.int64)
-                shape = (len(table), 3, side, side)
-                pixels = np.lib.format.open_memmap(scratch / f"{split}.npy", "w+", np.uint8, shape)
-
-                def put(i: int, split: str = split, table: Any = table, pixels: np.ndarray = pixels) -> None:
-                    try:
-                        pixels[i] = square(_open(table[i]["image"]), side, border)
-                    except OSError as error:  # Pillow's errors are, too
-                        what = table[i]["image"]["path"] or f"number {i} of {split}"
-                        raise ValueError(f"image {what} cannot be read: {error}") from error
-
                 title = f"reading {folder.name.split('-')[0]}, {split}"
-                for _ in tqdm(pool.map(put, range(len(table))), title, len(table), unit="image", delay=2):
-                    pass
-                pixels.flush()
-                np.save(scratch / f"{split}.labels.npy", labels)
-                digest = hashlib.sha256(labels.tobytes())
-                for at in range(0, len(table), 1024):
-                    digest.update(pixels[at : at + 1024].tobytes())
-                digests[split] = digest.hexdigest()
+                digests[split] = _write_split(scratch / f"{split}.npy", table, side, border, pool, title)
             write_json(scratch / "facts.json", facts | {"side": side, "sha256": digests})
+
+
+def _write_split(
+    path: Path, table: datasets.Dataset, side: int, border: bool, pool: ThreadPoolExecutor, title: str
+) -> str:
+    """Write pixels and labels of one split, and tell the SHA-256 of both. The map ends here: some systems rename no
+    folder with a file that is mapped."""
+    labels = np.asarray(table["label"], dtype=np.int64)
+    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (len(table), 3, side, side))
+
+    def put(i: int) -> None:
+        image = table[i]["image"]
+        try:
+            pixels[i] = square(_open(image), side, border)
+        except OSError as error:  # Pillow's errors are, too
+            what = image["path"] or f"number {i} of {path.stem}"
+            raise ValueError(f"image {what} cannot be read: {error}") from error
+
+    for _ in tqdm(pool.map(put, range(len(table))), title, len(table), unit="image", delay=2):
+        pass
+    pixels.flush()
+    np.save(path.with_suffix(".labels.npy"), labels)
+    digest = hashlib.sha256(labels.tobytes())
+    for at in range(0, len(table), 1024):
+        digest.update(pixels[at : at + 1024].tobytes())
+    return digest.hexdigest()
 
 
 def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:

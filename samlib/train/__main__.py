@@ -37,7 +37,7 @@ def parser() -> Parser:
     parser.add_class_arguments(Recipe, skip={"tasks"})
     parser.add_argument("--tasks", nargs="+", required=True, help="one name, or several that take turns")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--cache", default=str(cache_folder()), help="folder for results and checkpoints")
+    parser.add_argument("--cache", help="folder for results and checkpoints; that of SAMLIB_CACHE by default")
     parser.add_argument("--model", default=registry.TESTBED, help="testbed, or such as ViT-B-32/openai")
     parser.add_argument("--estimate", action="store_true", help="only say what memory and time it will take")
     return parser
@@ -50,6 +50,7 @@ def main() -> None:
     try:
         recipe = Recipe(**{field.name: a[field.name] for field in fields(Recipe)})
         check_device(a.device)
+        cache = Path(a.cache) if a.cache else cache_folder()
         weights.need(a.model, recipe.tasks)
     except (ValueError, KeyError, ConnectionError) as error:
         options.error(error.args[0])
@@ -71,7 +72,6 @@ def main() -> None:
         needed, taken = budget.peak(a.model, recipe), budget.seconds(pace, recipe)
         print(f"{needed / 1e9:.3f} GB of memory, {taken / recipe.steps:.3f} s a step")
         return
-    cache = Path(a.cache)
     done = finetune(recipe, clip, device, cache)
     if distributed.rank() == 0:
         print(result_folder(recipe, clip, device, cache))

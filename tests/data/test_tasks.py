@@ -14,7 +14,6 @@ from conftest import write_split
 from PIL import Image
 
 from samlib.data import catalogue, decode, folders, hub, tasks
-from samlib.data import decode as images
 from samlib.data.paper_tasks import HUB
 from samlib.data.tasks import load_task, subset
 from samlib.data.testbed_tasks import TASK_TABLE
@@ -341,7 +340,7 @@ def test_images_are_decoded_by_one_process_at_a_time(tmp_path: Path, monkeypatch
     young.mkdir()
     os.utime(left, (0, 0))
     written = []
-    monkeypatch.setattr(images, "write", lambda *a, write=decode.write: written.append(a) or write(*a))
+    monkeypatch.setattr(decode, "write", lambda *a, write=decode.write: written.append(a) or write(*a))
     with ThreadPoolExecutor() as pool:
         with alone(stored):
             assert not left.exists() and young.exists()  # what a killed process left long ago
@@ -359,3 +358,17 @@ def test_a_damaged_store_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (stored / "train.npy").write_bytes((stored / "train.npy").read_bytes()[:500])
     with pytest.raises(ValueError, match="cannot read .*torn-32.*delete it"):
         decode.read(stored, "train")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_a_folder_is_named_once_none_of_its_files_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows would refuse it."""
+    mapped: list[bool] = []
+
+    def replace(source: Path, target: Path, replace=os.replace) -> None:
+        mapped.append(str(source) in Path("/proc/self/maps").read_text())
+        replace(source, target)
+
+    monkeypatch.setenv("SAMLIB_IMAGES", str(tmp_path))
+    monkeypatch.setattr("os.replace", replace)
+    assert len(load_task("warm", 48).test) == 21 and len(mapped) > 1 and not any(mapped)
