@@ -515,6 +515,7 @@ def _killed(tiny: Any, recipe: Recipe, folder: Path, step: int, place: str) -> N
     finetune.finetune(recipe, tiny, "cpu", folder)
 
 
+@pytest.mark.slow
 def test_a_run_killed_fourteen_times_ends_in_the_same_bits(tiny: Any, tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, steps=40, average="ema", validate_every=7)
     whole = finetune.finetune(recipe, tiny, "cpu", tmp_path / "whole")
