@@ -1,8 +1,8 @@
 """Do two runs of the notebooks say the same? `python -m tools.compare_runs OLD NEW [--rename PATTERN REPLACEMENT]`.
 
 OLD and NEW are folders of executed notebooks, such as build/smoke/executed of two checkouts. Every glued value of the
-one is compared with that of the other: its numbers exactly, whatever words stand around them. A rewrite of the library
-that changes no behaviour leaves no difference but wall-clock times.
+one is compared with that of the other: its numbers exactly, whatever words stand around them, or else its words. A
+rewrite of the library that changes no behaviour leaves no difference but wall-clock times.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def numbers(text: str) -> list[float]:
     return [float(n.replace(",", "").replace("−", "-").rstrip(".")) for n in NUMBER.findall(plain)]
 
 
+def said(text: str) -> list[float] | str:
+    """What counts of a glued value: its numbers; where it has none, such as a verdict, its words."""
+    return numbers(text) or text
+
+
 def main() -> int:
     """Print what differs; 0 if nothing does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,13 +51,13 @@ def main() -> int:
     old = {re.sub(pattern, replacement, name): text for name, text in glued(a.old).items()}
     new = glued(a.new)
     both = [name for name in old if name in new]
-    differ = [name for name in both if numbers(old[name]) != numbers(new[name])]
+    differ = [name for name in both if said(old[name]) != said(new[name])]
     for name in differ:
         print(f"{name}: {old[name]!r} -> {new[name]!r}")
     for what, names in (("only in OLD", old.keys() - new.keys()), ("only in NEW", new.keys() - old.keys())):
         if names:
             print(f"{what}: {', '.join(sorted(names))}")
-    print(f"{len(both)} glued values in both runs, {len(differ)} of them with other numbers")
+    print(f"{len(both)} glued values in both runs, {len(differ)} of them differ")
     return 1 if differ else 0
 
 
