@@ -286,6 +286,8 @@ def combine(source: Notebook, executed: Notebook) -> Notebook:
     result = copy.deepcopy(source)
     result.metadata = executed.metadata
     injected = [c for c in executed.cells if "injected-parameters" in tags(c)]
+    for cell in injected:
+        cell.metadata["tags"] = [*tags(cell), "hide-input"]  # folded, as the parameters themselves are
     for cell, run in zip(code_cells(result), code_cells(executed), strict=True):
         cell.outputs, cell.execution_count = run.outputs, run.execution_count
         if "papermill" in run.metadata:
