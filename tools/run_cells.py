@@ -1,17 +1,17 @@
 """The code of notebooks as plain Python, for a machine without Jupyter: `python -m tools.run_cells --device cuda`.
 
-Each notebook's cells run in one namespace, with parameters given here; what a cell shows is not shown. It is a quick
-check on another device, no way to read the book.
+Each notebook's cells run in a process of their own, with parameters given here; what a cell shows is not shown. It is a
+quick check on another device, no way to read the book.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,13 @@ def main() -> int:
     wrong = 0
     for path in a.chapters or sorted((ROOT / "notebooks").glob("*.ipynb")):
         begun = time.monotonic()
-        try:
-            run(path, {"preset": a.preset, "device": a.device})
-            print(f"{path.stem}: {time.monotonic() - begun:.0f} s", flush=True)
-        except Exception:  # the other chapters go on
-            wrong += 1
-            print(f"{path.stem}: failed after {time.monotonic() - begun:.0f} s\n{traceback.format_exc()}", flush=True)
+        chapter = multiprocessing.get_context("spawn").Process(
+            target=run, args=(path, {"preset": a.preset, "device": a.device})
+        )
+        chapter.start()
+        chapter.join()  # the traceback is shown, and the other chapters go on
+        wrong += chapter.exitcode != 0
+        print(f"{path.stem}: {'failed' if chapter.exitcode else 'done'}, {time.monotonic() - begun:.0f} s", flush=True)
     return 1 if wrong else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_a_notebook_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def run(*arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     execute(*arguments)
 
 
@@ -112,7 +114,7 @@ def test_it_ends_with_the_process_that_began_it(end: str, tmp_path: Path) -> Non
     wait_for(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().endswith(" "))
     kernel, papermill = map(int, (tmp_path / "pids").read_text().split())
     assert process.pid and psutil.Process(papermill).ppid() == process.pid
-    process.kill() if end == "kill" else os.kill(process.pid, 2)
+    process.kill() if end == "kill" else os.kill(process.pid, signal.SIGINT)
     process.join()
     wait_for(
         lambda: not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in (kernel, papermill))
