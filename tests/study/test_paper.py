@@ -23,7 +23,7 @@ from samlib.model.clip import Clip, load_clip
 from samlib.model.head import zero_shot_head
 from samlib.model.theta import flat, task_vector, weights_of
 from samlib.notebook.run import Run, begin
-from samlib.study.arms import recipes
+from samlib.study.arms import ARMS, recipes
 from samlib.study.scoring import at_best_lambda, bench, score
 from samlib.train import beside, loop
 from samlib.train.finetune import Finetuned, finetune
@@ -51,7 +51,7 @@ def clip(run: Run) -> Clip:
 def trained(run: Run, clip: Clip) -> dict[str, list[Finetuned]]:
     """One model a task, by each optimiser."""
     return {
-        arm: [finetune(recipe, clip, run.device, run.cache) for recipe in recipes(run, arm, 0)]
+        arm: [finetune(recipe, clip, run.device, run.cache) for recipe in recipes(run, ARMS[arm], 0)]
         for arm in ("AdamW", "SAM", "ASAM")
     }
 
@@ -143,7 +143,9 @@ def test_merge_measure_and_look_at_the_curvature(run: Run, clip: Clip, trained: 
 def test_memory_and_time_are_as_estimated(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prediction and training in processes of their own; time is noisy where others compute, so it may try again."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(asdict(replace(recipes(run, "SAM", 0)[0], steps=6, batch_size=8, micro_batch=4))))
+    recipe.write_text(
+        json.dumps(asdict(replace(recipes(run, ARMS["SAM"], 0)[0], steps=6, batch_size=8, micro_batch=4)))
+    )
     command = [sys.executable, "-m", "samlib.train", "--config", str(recipe), "--device", "cpu", "--model", MODEL]
     pattern = r"([\d.]+) GB of memory[^\d]*([\d.]+) s a step"
     ratios = []
