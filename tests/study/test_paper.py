@@ -120,8 +120,8 @@ def test_an_interrupted_run_goes_on_with_other_micro_batches(
     assert again.log["loss"].to_numpy() == pytest.approx(whole.log["loss"].to_numpy(), rel=1e-3)
 
 
-def test_merge_measure_and_look_at_the_curvature(run: Run, clip: Clip, trained: dict[str, list[Finetuned]]) -> None:
-    b = bench(run, clip)
+def test_merge_measure_and_look_at_the_curvature(run: Run, trained: dict[str, list[Finetuned]]) -> None:
+    b = bench(run)
     thetas = [done.theta for done in trained["SAM"]]
     summed = task_arithmetic(b.theta_0, thetas, 1.0)
     merged, facts = at_best_lambda(b, summed, (0.0, 0.5), [1.0] * len(TASKS))
