@@ -34,8 +34,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operators import Calls
 from samlib.data.batches import generator
 from samlib.data.tasks import load_task, subset
 from samlib.measure.hessian import hessian, second_derivatives, top_eigenvalues
@@ -331,21 +331,10 @@ PARTS: dict[str, Callable[[Bed, Path], Found]] = {
 }
 
 
-class _Calls(TorchDispatchMode):
-    """Counts operators as `benchmarks.sam_step` does, which imports what a GPU machine may not have."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.count += name not in ("empty_like", "detach", "view", "alias", "t", "transpose", "_local_scalar_dense")
-        return func(*args, **(kwargs or {}))
-
-
 def _launches(bed: Bed, step: Step) -> int:
     step()  # warms up
     if not bed.cuda:
-        with _Calls() as counter:
+        with Calls() as counter:
             step()
         return counter.count
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

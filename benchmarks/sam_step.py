@@ -15,15 +15,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import pandas as pd
 import pytorch_optimizer
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operators import Calls
 from samlib.model import clip
 from samlib.train.sam import SAM
 
@@ -106,17 +105,6 @@ def steps(name: str, batch_size: int) -> tuple[dict[str, Step], nn.Module]:
         "one tensor at a time": per_tensor,
     }
     return ways, model
-
-
-class Calls(TorchDispatchMode):
-    """Counts operators, apart from those that only make room or look."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.count += name not in ("empty_like", "detach", "view", "alias", "t", "transpose", "_local_scalar_dense")
-        return func(*args, **(kwargs or {}))
 
 
 def peak(name: str, batch_size: int, way: str) -> int:

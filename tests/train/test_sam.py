@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.sam_step import Calls
+from benchmarks.operators import Calls
 from samlib.train.sam import SAM, norm_parameters
 
 
